@@ -1,0 +1,161 @@
+"""The contract between a worker and whatever runs the model.
+
+An engine is driven by one thread: every method below is called from it and none blocks on the network. A worker
+calls `submit`, `cancel` and the hand-over verbs between steps and `step` as long as `has_work` is true. What a step
+produced comes back as one `StepResult`; the worker turns it into one message per router.
+
+Two small protocols instead of one large: `Engine` runs requests, `KVHandover` moves their KV in and out. All three
+engines (torch, vllm, sim) have both, so that either role can be taken at any time.
+
+KV moves through *hand-over memory*: `num_blocks` blocks of `layout.block_bytes` each, plus one 64-bit generation a
+block, in memory that a transport can register. On a CPU engine it is the KV pool itself, so a hand-over is one
+copy. On a device engine it is a host staging area that the engine fills and empties. A block's generation grows by
+one whenever the block is given to a new owner, *before* the first byte is overwritten: a reader that sees the same
+generation before and after its read has read one owner's bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pdserve.types import EngineLoad, KVLayout, ModelInfo, Phase, Request, StepOutput
+
+
+class KVMemory(Protocol):
+    """Hand-over memory: made by the worker (`kvstore.transports`), filled by the engine, read by peers."""
+
+    @property
+    def blocks(self) -> NDArray[np.uint8]:
+        """Shape [num_blocks, block_bytes]; C-contiguous."""
+        ...
+
+    @property
+    def generations(self) -> NDArray[np.uint64]:
+        """Shape [num_blocks]; in the same registered region as the blocks."""
+        ...
+
+
+KVMemoryFactory = Callable[[int, int], KVMemory]
+"""(num_blocks, block_bytes) -> KVMemory. An engine calls it once, when it knows the size of its pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedChunk:
+    """Blocks of one request's prompt that are final: they stay untouched until `export_release`.
+
+    The chunk covers tokens [first_token, first_token + num_tokens); first_token is a multiple of block_tokens.
+    `generations` are read when the chunk is exported.
+    """
+
+    handle: int
+    chunk_index: int
+    first_token: int
+    num_tokens: int
+    blocks: tuple[int, ...]
+    generations: tuple[int, ...]
+    final: bool
+
+
+@dataclass(slots=True)
+class StepResult:
+    """One step: tokens, ends and logprobs (`output`), and the chunks that became exportable."""
+
+    output: StepOutput = field(default_factory=StepOutput)
+    exports: list[ExportedChunk] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ImportTarget:
+    """Where a chunk's blocks are to be written. `blocks[i]` takes the chunk's i-th block; the first
+    `num_cached_blocks` of them are here already and must not be pulled or written."""
+
+    blocks: tuple[int, ...]
+    num_cached_blocks: int = 0
+
+
+class Engine(Protocol):
+    """Runs requests. Not thread-safe: one thread owns it."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+
+    @property
+    def layout(self) -> KVLayout: ...
+
+    def submit(self, request: Request, handle: int, phase: Phase) -> None:
+        """Take a request; its choices are `handle` to `handle + params.n - 1`.
+
+        PREFILL: chunks appear in `StepResult.exports`, at the end one token a choice and a `PromptStats`; a choice
+        that this token ends is finished, for the others nothing more comes; blocks stay until released.
+        DECODE: nothing runs until `KVHandover.resume`; blocks for the prompt are reserved now or as soon as there
+        is room. FULL: prefill and decode here. With `request.output_token_ids` the outputs so far are context,
+        and the next token's output index follows them.
+
+        Raises `InvalidRequest` (a grammar that doesn't compile, a token id outside the vocabulary),
+        `ContextLengthExceeded`, `NotSupported`. It does not raise for lack of room: the request waits.
+        """
+        ...
+
+    def cancel(self, handle: int) -> None:
+        """Drop every choice of the request that `handle` (its first) names, now, without a `Finish`.
+
+        Its blocks are freed at once, exported and imported ones included: the caller has ended, or fences by
+        generation, whatever transfer touches them. Unknown handles are ignored (a cancel may cross a finish).
+        """
+        ...
+
+    def cancel_choice(self, handle: int) -> None:
+        """Stop one choice of a request (a stop string matched at the router), without a `Finish`."""
+        ...
+
+    def has_work(self) -> bool:
+        """Whether `step` would do something now."""
+        ...
+
+    def step(self) -> StepResult:
+        """Run one batch. An error that concerns one request ends that request with `FinishReason.ERROR`; raising
+        means that the engine is broken."""
+        ...
+
+    def load(self) -> EngineLoad: ...
+
+    def close(self) -> None:
+        """Give back memory, threads and processes. Idempotent."""
+        ...
+
+
+class KVHandover(Protocol):
+    """The engine's side of moving KV. Same thread as `Engine`; the handle is the request's first."""
+
+    @property
+    def memory(self) -> KVMemory: ...
+
+    def export_release(self, handle: int, chunk_index: int | None = None) -> None:
+        """The decode worker owns this chunk (None: all of them): the exporter's hold on its blocks ends. They may
+        live on in the prefix cache. Idempotent; unknown handles are ignored."""
+        ...
+
+    def import_blocks(self, handle: int, first_token: int, num_tokens: int) -> ImportTarget | None:
+        """Blocks to write this chunk of a DECODE submission into; None while its reservation waits for room.
+
+        Asking twice for one chunk gives the same blocks. Raises `KeyError` for an unknown handle.
+        """
+        ...
+
+    def import_commit(self, handle: int, first_token: int, num_tokens: int) -> None:
+        """The chunk's bytes are there and verified; from now on they may be read and cached."""
+        ...
+
+    def resume(self, handle: int, output_token_ids: Sequence[Sequence[int]], finished: Sequence[bool]) -> None:
+        """All chunks are committed: go on decoding after these outputs (one sequence a choice, as prefill sampled
+        them); choices marked finished are not run."""
+        ...
+
+
+class HandoverEngine(Engine, KVHandover, Protocol):
+    """What a worker needs: both."""
