@@ -21,3 +21,6 @@ test: $(SETUP) lint
 lint: $(SETUP)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy && $(VENV)/bin/lint-imports
+
+proto: $(SETUP)
+	bash deploy/proto.sh "$(PYTHON)"

@@ -360,6 +360,8 @@ class EngineLoad:
     """Tokens looked up since start."""
     prefix_cache_hits: int = 0
     """Tokens found since start."""
+    kv_bytes_pulled: int = 0
+    """Bytes of KV that hand-over has brought here since start; the worker fills it in, not the engine."""
 
 
 @dataclass(frozen=True, slots=True)
