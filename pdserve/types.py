@@ -276,6 +276,8 @@ class KVManifest:
     """The prompt is complete with this chunk."""
     rank: ParallelRank = ParallelRank()
     version: int = 1
+    ticket_id: bytes = b""
+    """First 8 bytes of SHA-256 of the ticket's nonce: a late manifest of a replaced ticket is told apart by it."""
 
 
 @dataclass(frozen=True, slots=True)

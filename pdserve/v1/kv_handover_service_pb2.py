@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from pdserve.v1 import common_pb2 as pdserve_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$pdserve/v1/kv_handover_service.proto\x12\npdserve.v1\x1a\x17pdserve/v1/common.proto\"\xe1\x01\n\x08KvTicket\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x06\x12\r\n\x05nonce\x18\x05 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\x12\x10\n\x08lease_ms\x18\x08 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\t \x01(\r\x12&\n\x04rank\x18\n \x01(\x0b\x32\x18.pdserve.v1.ParallelRank\"\xc8\x01\n\nKvManifest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x13\n\x0b\x63hunk_index\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x03 \x01(\r\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x0e\n\x06\x62locks\x18\x05 \x01(\x0c\x12\x13\n\x0bgenerations\x18\x06 \x01(\x0c\x12\x0f\n\x07\x64igests\x18\x07 \x01(\x0c\x12\r\n\x05\x66inal\x18\x08 \x01(\x08\x12&\n\x04rank\x18\t \x01(\x0b\x32\x18.pdserve.v1.ParallelRank\"\xaa\x01\n\x0b\x42indRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x1c\n\x14\x65xporter_incarnation\x18\x02 \x01(\x06\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x03 \x01(\t\x12\x1a\n\x12\x64\x65\x63ode_incarnation\x18\x04 \x01(\x06\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\x0c\x12\x0f\n\x07host_id\x18\x06 \x01(\t\x12\x12\n\ntransports\x18\x07 \x03(\t\"C\n\x0c\x42indResponse\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0e\n\x06memory\x18\x02 \x01(\x0c\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\"\x1d\n\x0cRenewRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"!\n\rRenewResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\r\"C\n\x0eReleaseRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x15\n\rchunk_indexes\x18\x02 \x03(\r\x12\x0b\n\x03\x61ll\x18\x03 \x01(\x08\"\x11\n\x0fReleaseResponse2\xd0\x01\n\x11KvHandoverService\x12\x39\n\x04\x42ind\x12\x17.pdserve.v1.BindRequest\x1a\x18.pdserve.v1.BindResponse\x12<\n\x05Renew\x12\x18.pdserve.v1.RenewRequest\x1a\x19.pdserve.v1.RenewResponse\x12\x42\n\x07Release\x12\x1a.pdserve.v1.ReleaseRequest\x1a\x1b.pdserve.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$pdserve/v1/kv_handover_service.proto\x12\npdserve.v1\x1a\x17pdserve/v1/common.proto\"\xe1\x01\n\x08KvTicket\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x06\x12\r\n\x05nonce\x18\x05 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\x12\x10\n\x08lease_ms\x18\x08 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\t \x01(\r\x12&\n\x04rank\x18\n \x01(\x0b\x32\x18.pdserve.v1.ParallelRank\"\xdb\x01\n\nKvManifest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x13\n\x0b\x63hunk_index\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x03 \x01(\r\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x0e\n\x06\x62locks\x18\x05 \x01(\x0c\x12\x13\n\x0bgenerations\x18\x06 \x01(\x0c\x12\x0f\n\x07\x64igests\x18\x07 \x01(\x0c\x12\r\n\x05\x66inal\x18\x08 \x01(\x08\x12&\n\x04rank\x18\t \x01(\x0b\x32\x18.pdserve.v1.ParallelRank\x12\x11\n\tticket_id\x18\n \x01(\x0c\"\xaa\x01\n\x0b\x42indRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x1c\n\x14\x65xporter_incarnation\x18\x02 \x01(\x06\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x03 \x01(\t\x12\x1a\n\x12\x64\x65\x63ode_incarnation\x18\x04 \x01(\x06\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\x0c\x12\x0f\n\x07host_id\x18\x06 \x01(\t\x12\x12\n\ntransports\x18\x07 \x03(\t\"C\n\x0c\x42indResponse\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0e\n\x06memory\x18\x02 \x01(\x0c\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\"\x1d\n\x0cRenewRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"!\n\rRenewResponse\x12\x10\n\x08lease_ms\x18\x01 \x01(\r\"C\n\x0eReleaseRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x15\n\rchunk_indexes\x18\x02 \x03(\r\x12\x0b\n\x03\x61ll\x18\x03 \x01(\x08\"\x11\n\x0fReleaseResponse2\xd0\x01\n\x11KvHandoverService\x12\x39\n\x04\x42ind\x12\x17.pdserve.v1.BindRequest\x1a\x18.pdserve.v1.BindResponse\x12<\n\x05Renew\x12\x18.pdserve.v1.RenewRequest\x1a\x19.pdserve.v1.RenewResponse\x12\x42\n\x07Release\x12\x1a.pdserve.v1.ReleaseRequest\x1a\x1b.pdserve.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,19 +35,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVTICKET']._serialized_start=78
   _globals['_KVTICKET']._serialized_end=303
   _globals['_KVMANIFEST']._serialized_start=306
-  _globals['_KVMANIFEST']._serialized_end=506
-  _globals['_BINDREQUEST']._serialized_start=509
-  _globals['_BINDREQUEST']._serialized_end=679
-  _globals['_BINDRESPONSE']._serialized_start=681
-  _globals['_BINDRESPONSE']._serialized_end=748
-  _globals['_RENEWREQUEST']._serialized_start=750
-  _globals['_RENEWREQUEST']._serialized_end=779
-  _globals['_RENEWRESPONSE']._serialized_start=781
-  _globals['_RENEWRESPONSE']._serialized_end=814
-  _globals['_RELEASEREQUEST']._serialized_start=816
-  _globals['_RELEASEREQUEST']._serialized_end=883
-  _globals['_RELEASERESPONSE']._serialized_start=885
-  _globals['_RELEASERESPONSE']._serialized_end=902
-  _globals['_KVHANDOVERSERVICE']._serialized_start=905
-  _globals['_KVHANDOVERSERVICE']._serialized_end=1113
+  _globals['_KVMANIFEST']._serialized_end=525
+  _globals['_BINDREQUEST']._serialized_start=528
+  _globals['_BINDREQUEST']._serialized_end=698
+  _globals['_BINDRESPONSE']._serialized_start=700
+  _globals['_BINDRESPONSE']._serialized_end=767
+  _globals['_RENEWREQUEST']._serialized_start=769
+  _globals['_RENEWREQUEST']._serialized_end=798
+  _globals['_RENEWRESPONSE']._serialized_start=800
+  _globals['_RENEWRESPONSE']._serialized_end=833
+  _globals['_RELEASEREQUEST']._serialized_start=835
+  _globals['_RELEASEREQUEST']._serialized_end=902
+  _globals['_RELEASERESPONSE']._serialized_start=904
+  _globals['_RELEASERESPONSE']._serialized_end=921
+  _globals['_KVHANDOVERSERVICE']._serialized_start=924
+  _globals['_KVHANDOVERSERVICE']._serialized_end=1132
 # @@protoc_insertion_point(module_scope)

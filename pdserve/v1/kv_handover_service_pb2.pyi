@@ -74,6 +74,7 @@ class KvManifest(google.protobuf.message.Message):
     DIGESTS_FIELD_NUMBER: builtins.int
     FINAL_FIELD_NUMBER: builtins.int
     RANK_FIELD_NUMBER: builtins.int
+    TICKET_ID_FIELD_NUMBER: builtins.int
     version: builtins.int
     chunk_index: builtins.int
     first_token: builtins.int
@@ -85,6 +86,8 @@ class KvManifest(google.protobuf.message.Message):
     digests: builtins.bytes
     """16 bytes each"""
     final: builtins.bool
+    ticket_id: builtins.bytes
+    """8 bytes: of which ticket"""
     @property
     def rank(self) -> pdserve.v1.common_pb2.ParallelRank: ...
     def __init__(
@@ -99,9 +102,10 @@ class KvManifest(google.protobuf.message.Message):
         digests: builtins.bytes = ...,
         final: builtins.bool = ...,
         rank: pdserve.v1.common_pb2.ParallelRank | None = ...,
+        ticket_id: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["rank", b"rank"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "chunk_index", b"chunk_index", "digests", b"digests", "final", b"final", "first_token", b"first_token", "generations", b"generations", "num_tokens", b"num_tokens", "rank", b"rank", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "chunk_index", b"chunk_index", "digests", b"digests", "final", b"final", "first_token", b"first_token", "generations", b"generations", "num_tokens", b"num_tokens", "rank", b"rank", "ticket_id", b"ticket_id", "version", b"version"]) -> None: ...
 
 global___KvManifest = KvManifest
 

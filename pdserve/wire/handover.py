@@ -114,6 +114,7 @@ def encode_manifest(manifest: KVManifest) -> bytes:
         digests=b"".join(manifest.digests),
         final=manifest.final,
         rank=encode_rank(manifest.rank),
+        ticket_id=manifest.ticket_id,
     ).SerializeToString()
 
 
@@ -142,6 +143,7 @@ def decode_manifest(data: bytes) -> KVManifest:
         final=message.final,
         rank=decode_rank(message.rank),
         version=message.version,
+        ticket_id=message.ticket_id,
     )
 
 
