@@ -1,0 +1,1 @@
+"""How a request's KV changes hands: the state machine (pure), and the verified read."""

@@ -1,0 +1,255 @@
+"""Our own bulk transport over tcp: the default between hosts without RDMA.
+
+Blocking sockets in the callers' threads: `sendmsg` straight from the registered memory, `recv_into` straight into
+the target array, one request and one status a batch. No event loop, no copy in user space, no CPU while idle. See
+`tcp_stream` for the frames and `tcp_server` for the other half.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import socket
+import ssl
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.ranges import check_ranges
+from kvstore.transports.base import Range, Region
+from kvstore.transports.tcp_server import ServedRegion, TcpServer
+from kvstore.transports.tcp_stream import (
+    HELLO,
+    MAGIC,
+    MAX_RANGES,
+    OK,
+    READ,
+    REQUEST,
+    STATUS,
+    VERSION,
+    WRITE,
+    Stream,
+    tune,
+)
+from pdserve.errors import HandoverError, PeerLost
+
+
+@dataclass(frozen=True, slots=True)
+class TcpOptions:
+    """How a worker's tcp transport listens and waits."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 0
+    """0: any free one."""
+    advertise_host: str = ""
+    """What peers connect to; empty: `host`."""
+    progress_timeout_s: float = 10.0
+    """A transfer that moves no byte for this long has failed: far above a retransmission, well under a lease (30 s)."""
+    connect_timeout_s: float = 5.0
+    max_connections_per_peer: int = 4
+    """Batches to one peer that may run side by side; on two cores more than two did not pay."""
+    buffer_bytes: int = 4 << 20
+    """SO_SNDBUF and SO_RCVBUF; 0: the kernel tunes them. The kernel caps it at net.core.[rw]mem_max."""
+    server_tls: ssl.SSLContext | None = None
+    client_tls: ssl.SSLContext | None = None
+    """Both or none: encrypts the bulk path. The token alone authorises, so set it wherever the network is shared."""
+
+
+class _Descriptor(msgspec.Struct, array_like=True, frozen=True):
+    """Secret: whoever has it can read and write the region."""
+
+    host: str
+    port: int
+    region_id: int
+    token: bytes
+    nbytes: int
+
+
+class TcpPeer:
+    """A region behind a socket. See `kvstore.transports.base.Peer`."""
+
+    def __init__(self, where: _Descriptor, options: TcpOptions) -> None:
+        """Raises `PeerLost`."""
+        self._where, self._options = where, options
+        self._lock = threading.Lock()
+        self._idle: list[Stream] = []
+        self._all: set[Stream] = set()
+        self._slots = threading.BoundedSemaphore(options.max_connections_per_peer)
+        self._closed = False
+        with self._connection():
+            pass
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def read(self, ranges: Sequence[Range], into: NDArray[np.uint8]) -> None:
+        self._transfer(READ, ranges, into.data)
+
+    def write(self, ranges: Sequence[Range], source: NDArray[np.uint8]) -> None:
+        self._transfer(WRITE, ranges, source.data)
+
+    def _transfer(self, operation: int, ranges: Sequence[Range], local: memoryview) -> None:
+        check_ranges(ranges, self._where.nbytes, local.nbytes)
+        with self._connection() as stream:
+            for start in range(0, len(ranges), MAX_RANGES):
+                self._batch(stream, operation, ranges[start : start + MAX_RANGES], local)
+
+    def _batch(self, stream: Stream, operation: int, ranges: Sequence[Range], local: memoryview) -> None:
+        """One request and its answer."""
+        payload = sum(r.length for r in ranges)
+        table = np.array([(r.remote, r.length) for r in ranges], dtype="<u8").tobytes()
+        views = [local[r.local : r.local + r.length] for r in ranges]
+        request = REQUEST.pack(MAGIC, operation, 0, len(ranges), 0, payload)
+        if operation == READ:
+            stream.send([request, table])
+            _expect_ok(stream, payload)
+            stream.receive(views)
+        else:
+            stream.send([request, table, *views])
+            _expect_ok(stream, payload)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            streams, idle = list(self._all), list(self._idle)
+            self._idle.clear()
+        for stream in streams:
+            stream.abort()
+        for stream in idle:
+            self._discard(stream)
+
+    @contextmanager
+    def _connection(self) -> Iterator[Stream]:
+        """An idle connection or a new one; after an error it is not used again."""
+        with self._slots:
+            stream = self._take()
+            try:
+                yield stream
+            except BaseException:
+                self._discard(stream)
+                raise
+            self._put_back(stream)
+
+    def _take(self) -> Stream:
+        with self._lock:
+            if self._closed:
+                raise PeerLost("this peer was closed")
+            if self._idle:
+                return self._idle.pop()
+        stream = self._open()
+        with self._lock:
+            self._all.add(stream)
+            closed = self.closed
+        if closed:
+            self._discard(stream)
+            raise PeerLost("this peer was closed")
+        return stream
+
+    def _put_back(self, stream: Stream) -> None:
+        with self._lock:
+            if not self._closed:
+                self._idle.append(stream)
+                return
+        self._discard(stream)
+
+    def _discard(self, stream: Stream) -> None:
+        with self._lock:
+            self._all.discard(stream)
+        stream.close()
+
+    def _open(self) -> Stream:
+        """Connect, show the token. Raises `PeerLost`."""
+        where, options = self._where, self._options
+        try:
+            sock = socket.create_connection((where.host, where.port), timeout=options.connect_timeout_s)
+            tune(sock, options.buffer_bytes, options.progress_timeout_s)
+            if options.client_tls is not None:
+                sock = options.client_tls.wrap_socket(sock, server_hostname=where.host)
+        except OSError as error:
+            raise PeerLost(f"cannot connect to {where.host}:{where.port}: {error}") from error
+        stream = Stream(sock, options.progress_timeout_s)
+        try:
+            stream.send([HELLO.pack(MAGIC, VERSION, 0, where.region_id, where.token)])
+            _expect_ok(stream, where.nbytes)
+        except HandoverError as error:
+            stream.close()
+            raise PeerLost(f"{where.host}:{where.port} did not let us in: {error.message}") from error
+        return stream
+
+
+def _expect_ok(stream: Stream, payload: int) -> None:
+    magic, status, count = STATUS.unpack(stream.receive_bytes(STATUS.size))
+    if magic != MAGIC:
+        raise PeerLost("the peer does not speak our protocol")
+    if status != OK or count != payload:
+        raise PeerLost("the peer refused: its region was withdrawn, or the token is wrong")
+
+
+class TcpTransport:
+    """Serves registered regions and reaches others'. See `kvstore.transports.base.Transport`."""
+
+    name = "tcp"
+
+    def __init__(self, options: TcpOptions | None = None) -> None:
+        """Listens at once. Raises `OSError` when the address cannot be bound."""
+        self._options = options = options or TcpOptions()
+        self._server = TcpServer(
+            options.host,
+            options.port,
+            progress_timeout_s=options.progress_timeout_s,
+            buffer_bytes=options.buffer_bytes,
+            tls=options.server_tls,
+        )
+        self._region_ids = itertools.count(1)
+        self._peers: set[TcpPeer] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @property
+    def port(self) -> int:
+        return self._server.port
+
+    def register(self, memory: NDArray[np.uint8]) -> Region:
+        """Raises `ValueError` unless `memory` is 1-D and contiguous."""
+        if memory.ndim != 1 or not memory.flags.c_contiguous:
+            raise ValueError("tcp registers 1-D contiguous memory")
+        region_id, token = next(self._region_ids), secrets.token_bytes(32)
+        self._server.add(ServedRegion(region_id, token, memory.data))
+        host = self._options.advertise_host or self._options.host
+        descriptor = _Descriptor(host, self._server.port, region_id, token, memory.nbytes)
+        return Region(region_id, memory.nbytes, msgspec.msgpack.encode(descriptor))
+
+    def deregister(self, region: Region) -> None:
+        """When it returns, no thread of ours touches the memory any more."""
+        self._server.remove(region.region_id)
+
+    def connect(self, descriptor: bytes) -> TcpPeer:
+        try:
+            where = msgspec.msgpack.decode(descriptor, type=_Descriptor)
+        except msgspec.MsgspecError as error:
+            raise PeerLost("the peer's tcp descriptor cannot be read: is it of another version?") from error
+        if len(where.token) != 32:
+            raise PeerLost("the peer's tcp descriptor has no valid token")
+        with self._lock:
+            if self._closed:
+                raise PeerLost("this transport is closed")
+        peer = TcpPeer(where, self._options)
+        with self._lock:
+            self._peers = {p for p in self._peers if not p.closed} | {peer}
+        return peer
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            peers = list(self._peers)
+        for peer in peers:
+            peer.close()
+        self._server.close()
