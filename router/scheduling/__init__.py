@@ -1,0 +1,1 @@
+"""Which worker takes a request: filter -> score -> pick, run once for each role. See `base`."""

@@ -1,0 +1,112 @@
+"""Runs the profiles: one worker for a role, or a pair that can hand KV over."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from pdserve.errors import NoWorker
+from pdserve.types import Role
+from router.scheduling.base import Candidate, Need, Profile, Weighted
+from router.scheduling.filters import FitsPool, HasRole, MatchesPartner, NotDraining, ServesModel, compatible
+from router.scheduling.pickers import MaxScore
+from router.scheduling.scorers import LeastRequests, LeastTokens, context_tokens, prefill_tokens
+
+WorkerT = TypeVar("WorkerT", bound=Candidate)
+
+MAX_NAMED_REFUSALS = 8
+"""Candidates whose refusal an error names; a large pool's would not fit a status message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed(Generic[WorkerT]):
+    """`prefill` is None where decode does everything, `decode` where prefill does."""
+
+    prefill: WorkerT | None
+    decode: WorkerT | None
+    reasons: tuple[str, ...]
+
+
+def least_loaded(seed: int) -> dict[Role, Profile]:
+    """The default policy. Tokens weigh more than seats: a step's time follows tokens, seats only bound it."""
+    filters = (HasRole(), ServesModel(), NotDraining(), FitsPool(), MatchesPartner())
+    picker = MaxScore(random.Random(seed))
+    requests = Weighted("least_requests", LeastRequests(), 1.0)
+    prefill = Weighted("least_prefill_tokens", LeastTokens(prefill_tokens), 2.0)
+    decode = Weighted("least_context_tokens", LeastTokens(context_tokens), 1.0)
+    return {
+        Role.PREFILL: Profile(filters, (prefill, requests), picker),
+        Role.DECODE: Profile(filters, (decode, requests), picker),
+    }
+
+
+class Scheduler:
+    """Places requests on workers by one profile a role."""
+
+    def __init__(self, profiles: dict[Role, Profile]) -> None:
+        self._profiles = profiles
+
+    def place_one(self, workers: Sequence[WorkerT], need: Need) -> Placed[WorkerT]:
+        """The whole request on one worker of the needed role. Raises `NoWorker`."""
+        worker, reasons = self._choose(workers, need)
+        if need.role is Role.PREFILL:
+            return Placed(worker, None, reasons)
+        return Placed(None, worker, reasons)
+
+    def place_pair(self, workers: Sequence[WorkerT], need: Need) -> Placed[WorkerT]:
+        """Decode first, for that leg lasts longest; then the prefill worker that suits it. Raises `NoWorker` naming
+        the role that is missing."""
+        prefills = [w for w in workers if w.info.role is Role.PREFILL]
+        decode_need = replace(need, role=Role.DECODE)
+        decodes = [w for w in workers if w.info.role is Role.DECODE and w.info.model.name == need.model]
+        partnered = [w for w in decodes if _has_partner(w, prefills)]
+        decode, decode_reasons = self._choose(partnered or workers, decode_need)
+        prefill_need = replace(need, role=Role.PREFILL, partner=decode.info)
+        prefill, prefill_reasons = self._choose(workers, prefill_need)
+        return Placed(prefill, decode, prefill_reasons + decode_reasons)
+
+    def _choose(self, workers: Sequence[WorkerT], need: Need) -> tuple[WorkerT, tuple[str, ...]]:
+        profile = self._profiles[need.role]
+        passed = [worker for worker in workers if _refusal(profile, worker, need) is None]
+        if not passed:
+            raise _no_worker(profile, workers, need)
+        role = need.role.value
+        totals, parts = _scores(profile, passed, need)
+        index = profile.picker.pick(totals)
+        chosen = passed[index]
+        reasons = [f"{role}={chosen.info.worker_id}", f"{role}.candidates={len(passed)}/{len(workers)}"]
+        reasons += [f"{role}.{name}={scores[index]:.3f}" for name, scores in parts]
+        return chosen, tuple(reasons)
+
+
+def _refusal(profile: Profile, worker: Candidate, need: Need) -> str | None:
+    for each in profile.filters:
+        reason = each.refuse(worker, need)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _scores(
+    profile: Profile, workers: Sequence[Candidate], need: Need
+) -> tuple[list[float], list[tuple[str, Sequence[float]]]]:
+    parts = [(each.name, each.scorer.score(workers, need)) for each in profile.scorers]
+    totals = [0.0] * len(workers)
+    for each, (_, scores) in zip(profile.scorers, parts, strict=True):
+        for index, score in enumerate(scores):
+            totals[index] += each.weight * score
+    return totals, parts
+
+
+def _no_worker(profile: Profile, workers: Sequence[Candidate], need: Need) -> NoWorker:
+    refused = [f"{worker.info.worker_id}: {_refusal(profile, worker, need)}" for worker in workers]
+    named = ", ".join(refused[:MAX_NAMED_REFUSALS]) or "none is connected"
+    more = f" and {len(refused) - MAX_NAMED_REFUSALS} more" if len(refused) > MAX_NAMED_REFUSALS else ""
+    role = need.role.value
+    return NoWorker(f"no {role} worker can take this request for {need.model} ({named}{more})", leg=role)
+
+
+def _has_partner(worker: Candidate, others: Sequence[Candidate]) -> bool:
+    return any(not other.draining and compatible(worker.info, other.info) for other in others)
