@@ -24,3 +24,6 @@ lint: $(SETUP)
 
 proto: $(SETUP)
 	bash deploy/proto.sh "$(PYTHON)"
+
+docs: $(SETUP)
+	$(PY) -m pdserve.config > docs/configuration.md
