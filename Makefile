@@ -27,3 +27,6 @@ proto: $(SETUP)
 
 docs: $(SETUP)
 	$(PY) -m pdserve.config > docs/configuration.md
+
+bench-peers: $(SETUP)
+	bash deploy/bench-peers.sh "$(PYTHON)"
