@@ -1,0 +1,41 @@
+"""Whether one more request may come in: a bound on those under way, and an honest `Retry-After` beyond it."""
+
+from __future__ import annotations
+
+from pdserve.errors import Draining, Overloaded
+
+SMOOTHING = 0.05
+"""Weight of the newest request in the mean duration: about the last 20 count."""
+MIN_RETRY_AFTER_S = 0.1
+FIRST_GUESS_S = 1.0
+"""Duration assumed before any request has ended."""
+
+
+class Admission:
+    """Counts the requests under way."""
+
+    def __init__(self, max_inflight: int) -> None:
+        self._max_inflight = max_inflight
+        self._mean_duration_s = FIRST_GUESS_S
+        self.num_inflight = 0
+        self.draining = False
+
+    def enter(self) -> None:
+        """Raises `Draining` or `Overloaded`."""
+        if self.draining:
+            raise Draining("this router is going away; send the request to another one")
+        if self.num_inflight >= self._max_inflight:
+            raise Overloaded(
+                f"{self.num_inflight} requests are under way, the limit is {self._max_inflight}",
+                retry_after_s=self.retry_after_s,
+            )
+        self.num_inflight += 1
+
+    def leave(self, duration_s: float) -> None:
+        self.num_inflight -= 1
+        self._mean_duration_s += SMOOTHING * (duration_s - self._mean_duration_s)
+
+    @property
+    def retry_after_s(self) -> float:
+        """By Little's law a place falls free every (mean duration / limit) seconds."""
+        return max(MIN_RETRY_AFTER_S, self._mean_duration_s / self._max_inflight)

@@ -1,0 +1,215 @@
+"""The router's core: what every face calls. Tokenise, admit, place, submit; the rest happens in callbacks.
+
+Implements `router.base.Core`. One event loop, no task for a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pdserve.errors import InvalidRequest, ModelNotFound, NoWorker, PdserveError
+from pdserve.metrics import RouterMetrics
+from pdserve.tokens import Tokenizer
+from pdserve.types import ModelInfo, Request, Role
+from router.admission import Admission
+from router.base import Incoming, Sink
+from router.catalog import Catalog, Record
+from router.choice import TextOptions
+from router.deadlines import Deadlines
+from router.fleet import Fleet
+from router.observer import Observer
+from router.prompts import Bounds, PromptMaker
+from router.request import ActiveRequest, Surroundings, Timeouts
+from router.scheduling.base import Need
+from router.scheduling.scheduler import Placed, Scheduler
+from router.session import Link
+
+
+@dataclass(frozen=True, slots=True)
+class CoreOptions:
+    """`model` is the name that workers serve; `aliases` are further names for it."""
+
+    model: str
+    aliases: dict[str, str]
+    disaggregate: bool
+    block_tokens: int
+    secret: bytes
+    max_inflight: int
+    timeouts: Timeouts
+    num_records: int
+
+
+class RouterCore:
+    """Made on the loop that it runs on."""
+
+    def __init__(
+        self, options: CoreOptions, tokenizer: Tokenizer, fleet: Fleet, scheduler: Scheduler, metrics: RouterMetrics
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.catalog = Catalog(options.num_records)
+        self.admission = Admission(options.max_inflight)
+        self._options = options
+        self._tokenizer = tokenizer
+        self._fleet = fleet
+        self._scheduler = scheduler
+        self._observer = Observer(metrics, options.model)
+        self._prompts = PromptMaker(tokenizer, options.block_tokens, options.secret)
+        self._active: dict[str, ActiveRequest] = {}
+        self._deadlines = Deadlines(loop)
+        self._around = Surroundings(loop, self._deadlines, options.timeouts, self._on_end)
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # ---- Core ----
+
+    def submit(self, incoming: Incoming, sink: Sink) -> ActiveRequest:
+        arrived = self._around.loop.time()
+        try:
+            return self._submit(incoming, sink, arrived)
+        except PdserveError as error:
+            self._observer.refused(error)
+            raise
+
+    def models(self) -> Sequence[ModelInfo]:
+        model = self._fleet.model(self._options.model)
+        if model is None or self._why_not_servable() is not None:
+            return []
+        aliases = [replace(model, name=alias) for alias in self._options.aliases if self._canonical(alias) is not None]
+        return [model, *aliases]
+
+    def token_text(self, model: str, token_id: int) -> tuple[str, bytes]:
+        return self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id)
+
+    def ready(self) -> str | None:
+        if self.admission.draining:
+            return "draining"
+        return self._why_not_servable()
+
+    # ---- life of the process ----
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for those under way. False: some are left after `timeout_s`."""
+        self.admission.draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def close(self, error: PdserveError) -> None:
+        """Fail what is still under way."""
+        for active in list(self._active.values()):
+            active.fail(error)
+        self._deadlines.close()
+
+    # ---- a request's beginning ----
+
+    def _submit(self, incoming: Incoming, sink: Sink, arrived: float) -> ActiveRequest:
+        bounds = self._bounds(incoming.model)
+        if incoming.request_id in self._active:
+            raise InvalidRequest(f"request_id {incoming.request_id!r} is in use", param="request_id")
+        self.admission.enter()
+        try:
+            request = self._prompts.request(incoming, bounds)
+            tokenised_s = self._around.loop.time() - arrived
+            placed = self._place(request)
+            active = self._active_request(incoming, request, sink, placed, arrived)
+            active.record.tokenised_s = tokenised_s
+            self._start(active, placed)
+        except PdserveError:
+            self.admission.num_inflight -= 1
+            raise
+        self._active[request.request_id] = active
+        self._idle.clear()
+        self._observer.admitted(active.record, self.admission.num_inflight)
+        return active
+
+    def _canonical(self, name: str) -> str | None:
+        """The served model that a client's name means."""
+        name = self._options.aliases.get(name, name)
+        return name if name == self._options.model else None
+
+    def _bounds(self, name: str) -> Bounds:
+        """Raises `ModelNotFound` for a name nobody ever serves here, `NoWorker` while nobody does."""
+        canonical = self._canonical(name)
+        if canonical is None:
+            raise ModelNotFound(
+                f"the model {name!r} does not exist; this router serves {self._options.model!r}", param="model"
+            )
+        model = self._fleet.model(canonical)
+        if model is None:
+            raise NoWorker(f"no worker for {canonical} is connected", leg="router", retry_after_s=1.0)
+        rooms = [link.info.num_blocks * link.info.block_tokens for link in self._fleet.of_model(canonical, Role.DECODE)]
+        return Bounds(model, min(model.max_model_len, max(rooms, default=model.max_model_len)))
+
+    def _place(self, request: Request) -> Placed[Link]:
+        """One token is prefill's alone: a decode worker would have nothing to do."""
+        max_tokens = request.params.max_tokens or 0
+        need = Need(request.model, Role.DECODE, len(request.prompt_token_ids), max_tokens)
+        links = self._fleet.links
+        if not self._options.disaggregate:
+            return self._scheduler.place_one(links, need)
+        if max_tokens == 1:
+            return self._scheduler.place_one(links, replace(need, role=Role.PREFILL))
+        return self._scheduler.place_pair(links, need)
+
+    def _active_request(
+        self, incoming: Incoming, request: Request, sink: Sink, placed: Placed[Link], arrived: float
+    ) -> ActiveRequest:
+        return ActiveRequest(
+            request,
+            sink,
+            self._tokenizer.detokenizer,
+            TextOptions.of(request.params, incoming.include_stop_str_in_output),
+            self._record(incoming, request, placed),
+            self._around,
+            arrived,
+        )
+
+    def _record(self, incoming: Incoming, request: Request, placed: Placed[Link]) -> Record:
+        record = Record(request.request_id, request.model, "", time.time(), reasons=placed.reasons)
+        record.num_prompt_tokens = len(request.prompt_token_ids)
+        record.num_choices = request.params.n
+        record.seed = request.params.seed
+        record.seed_was_drawn = incoming.params.seed is None
+        if placed.prefill is not None:
+            info = placed.prefill.info
+            record.revision = info.model.revision
+            record.prefill_worker, record.prefill_incarnation = info.worker_id, info.incarnation
+        if placed.decode is not None:
+            info = placed.decode.info
+            record.revision = info.model.revision
+            record.decode_worker, record.decode_incarnation = info.worker_id, info.incarnation
+        return record
+
+    def _start(self, active: ActiveRequest, placed: Placed[Link]) -> None:
+        if placed.prefill is not None and placed.decode is not None:
+            active.start_pair(placed.prefill, placed.decode)
+        elif placed.decode is not None:
+            active.start_alone(placed.decode, "decode")
+        elif placed.prefill is not None:
+            active.start_alone(placed.prefill, "prefill")
+
+    # ---- and its end ----
+
+    def _on_end(self, active: ActiveRequest) -> None:
+        self._active.pop(active.request_id, None)
+        self.admission.leave(active.record.ended_s or 0.0)
+        self._observer.ended(active.record, self.admission.num_inflight)
+        self.catalog.add(active.record)
+        if not self._active:
+            self._idle.set()
+
+    def _why_not_servable(self) -> str | None:
+        model = self._options.model
+        if not self._options.disaggregate:
+            return None if self._fleet.of_model(model, Role.DECODE) else f"no decode worker for {model} is ready"
+        if any(True for _ in self._fleet.pairs(model)):
+            return None
+        for role in Role:
+            if not self._fleet.of_model(model, role):
+                return f"no {role.value} worker for {model} is ready"
+        return f"no prefill and decode worker for {model} have the same KV layout"

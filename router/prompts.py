@@ -1,0 +1,113 @@
+"""From what a client sent to what an engine takes: tokens, bounds, seed, cache keys.
+
+Everything that can be known to be wrong before a worker is asked is found here and raised as a typed error.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+from pdserve.errors import ContextLengthExceeded, InvalidRequest
+from pdserve.tokens import Tokenizer, block_keys, root_key, tenant_salt
+from pdserve.types import ModelInfo, Request, SamplingParams
+from router.base import ChatMessage, Incoming
+
+SEED_BITS = 63
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a model takes just now. `max_tokens`: prompt and output together, by the model and by the workers' room."""
+
+    model: ModelInfo
+    max_len: int
+
+
+class PromptMaker:
+    """For one model."""
+
+    def __init__(self, tokenizer: Tokenizer, block_tokens: int, secret: bytes) -> None:
+        self._tokenizer = tokenizer
+        self._block_tokens = block_tokens
+        self._secret = secret
+        self._seeds = random.Random()
+        """Seeded by the operating system: drawn seeds differ between routers and runs."""
+        self._roots: dict[tuple[str, str, str], bytes] = {}
+
+    def request(self, incoming: Incoming, bounds: Bounds) -> Request:
+        """Raises `InvalidRequest`, `ContextLengthExceeded`, `NotSupported`."""
+        token_ids = self._tokenise(incoming, bounds.model.vocab_size)
+        params = self._resolve(incoming.params, len(token_ids), bounds)
+        root = self._root(bounds.model, incoming.cache_salt)
+        return Request(
+            request_id=incoming.request_id,
+            model=bounds.model.name,
+            prompt_token_ids=token_ids,
+            params=params,
+            cache_root=root,
+            block_keys=block_keys(root, token_ids, self._block_tokens),
+            deterministic=incoming.deterministic,
+            timeout_ms=incoming.timeout_ms,
+            priority=incoming.priority,
+            traceparent=incoming.traceparent,
+        )
+
+    def _tokenise(self, incoming: Incoming, vocab_size: int) -> tuple[int, ...]:
+        if incoming.messages is not None:
+            token_ids = tuple(self._tokenizer.encode_chat([_as_mapping(message) for message in incoming.messages]))
+        elif incoming.text is not None:
+            token_ids = tuple(self._tokenizer.encode(incoming.text, add_special_tokens=incoming.add_special_tokens))
+        else:
+            token_ids = incoming.token_ids or ()
+            if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+                raise InvalidRequest(f"prompt has a token id outside 0 to {vocab_size - 1}", param="prompt")
+        if not token_ids:
+            raise InvalidRequest("prompt is empty: it must have at least one token", param="prompt")
+        return token_ids
+
+    def _resolve(self, params: SamplingParams, num_prompt_tokens: int, bounds: Bounds) -> SamplingParams:
+        """With `max_tokens` and `seed` filled in and every token id known to the model."""
+        _check_ids(params, bounds.model.vocab_size)
+        left = bounds.max_len - num_prompt_tokens
+        if left < 1:
+            raise ContextLengthExceeded(
+                f"this model's maximum context length is {bounds.max_len} tokens; the prompt has {num_prompt_tokens}, "
+                "which leaves no room for an answer: shorten it",
+                param="prompt",
+            )
+        max_tokens = params.max_tokens if params.max_tokens is not None else left
+        if max_tokens > left:
+            raise ContextLengthExceeded(
+                f"this model's maximum context length is {bounds.max_len} tokens; {num_prompt_tokens + max_tokens} "
+                f"were requested ({num_prompt_tokens} in the prompt, {max_tokens} for the answer): reduce either",
+                param="max_tokens",
+            )
+        if params.min_tokens > max_tokens:
+            raise InvalidRequest(
+                f"min_tokens must not exceed the {max_tokens} tokens that the context leaves", param="min_tokens"
+            )
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(SEED_BITS)
+        return replace(params, max_tokens=max_tokens, seed=seed)
+
+    def _root(self, model: ModelInfo, cache_salt: str) -> bytes:
+        if cache_salt:
+            return self._make_root(model, cache_salt)
+        key = (model.name, model.revision, model.tokenizer_id)
+        if key not in self._roots:
+            self._roots[key] = self._make_root(model, "")
+        return self._roots[key]
+
+    def _make_root(self, model: ModelInfo, cache_salt: str) -> bytes:
+        return root_key(model.revision, model.tokenizer_id, "", tenant_salt(self._secret, cache_salt))
+
+
+def _as_mapping(message: ChatMessage) -> dict[str, object]:
+    return {"role": message.role, "content": message.content, **dict(message.extra)}
+
+
+def _check_ids(params: SamplingParams, vocab_size: int) -> None:
+    if params.logit_bias and max(token_id for token_id, _ in params.logit_bias) >= vocab_size:
+        raise InvalidRequest(f"logit_bias names a token id outside 0 to {vocab_size - 1}", param="logit_bias")
+    if params.stop_token_ids and max(params.stop_token_ids) >= vocab_size:
+        raise InvalidRequest(f"stop_token_ids has an id outside 0 to {vocab_size - 1}", param="stop_token_ids")

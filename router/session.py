@@ -1,0 +1,325 @@
+"""The router's end of a session stream: one live connection to one worker.
+
+Everything a loop tick wants to tell the worker leaves as one message; everything an engine step produced comes back
+as one. A `Link` lives from a worker's Hello to the end of its stream, so nothing learnt of one incarnation can
+outlive it: `router.fleet` makes a new link at each reconnect.
+
+Hot path: `_on_step` runs once an engine step and costs one dictionary look-up and one call a delta.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+from pdserve.errors import EngineFailed, PdserveError, WorkerLost
+from pdserve.rpc import ClientStream
+from pdserve.types import EngineLoad, Finish, FinishReason, Logprobs, Phase, PromptStats, Request, WorkerInfo
+from pdserve.wire.session import (
+    Announcement,
+    FirstOutput,
+    Relay,
+    RouterHello,
+    RouterUpdate,
+    StepColumns,
+    Submission,
+    WorkerUpdate,
+)
+from router.scheduling.base import Outstanding
+
+MAX_MESSAGE_BYTES = 1 << 20
+"""A tick's submissions are split beyond this, so that no long prompt delays another request's cancel or relay."""
+MAX_HANDLE = 2**32 - 2
+"""One below the largest uint32: the handle after a request's last is a uint32 as well."""
+
+log = logging.getLogger(__name__)
+
+SessionStream = ClientStream[RouterUpdate, WorkerUpdate]
+
+
+class Lane(Protocol):
+    """Where the tokens of one choice go that one worker produces."""
+
+    def take(
+        self, first_index: int, token_ids: Sequence[int], logprobs: Sequence[Logprobs], finish: Finish | None
+    ) -> None:
+        """Tokens of one step, the first being output number `first_index`; `finish` if the choice ended with them."""
+        ...
+
+    def end(self, finish: Finish) -> None:
+        """The choice ended in a step that brought it no tokens; an ERROR ends its whole request."""
+        ...
+
+
+class LegEvents(Protocol):
+    """What a link tells the owner of a submission. Plain calls on the loop; none may raise."""
+
+    def lane(self, choice: int) -> Lane: ...
+
+    def on_prompt(self, stats: PromptStats) -> None: ...
+
+    def on_announcement(self, announcement: Announcement) -> None: ...
+
+    def on_lost(self, error: WorkerLost) -> None:
+        """The stream ended with the request on it. The leg is over, and forgotten by the link."""
+        ...
+
+
+class HandleSpace:
+    """Names for choices on one stream: consecutive uint32 numbers, never 0.
+
+    Numbers only go up, so a late message finds nobody until 2**32 numbers later; after the wrap those still in use
+    are stepped over.
+    """
+
+    def __init__(self, first: int = 1) -> None:
+        self._next = first
+
+    def take(self, count: int, in_use: dict[int, Lane]) -> int:
+        """The first of `count` consecutive numbers, none of them in use."""
+        while True:
+            first = self._next if self._next + count - 1 <= MAX_HANDLE else 1
+            taken = next((handle for handle in range(first + count - 1, first - 1, -1) if handle in in_use), None)
+            if taken is None:
+                self._next = first + count
+                return first
+            self._next = taken + 1
+
+
+class _Leg:
+    """A submission under way on a link."""
+
+    __slots__ = ("events", "num_choices")
+
+    def __init__(self, events: LegEvents, num_choices: int) -> None:
+        self.events = events
+        self.num_choices = num_choices
+
+
+class Link:
+    """A connected worker: a `Candidate` for the scheduler, and the door to it."""
+
+    def __init__(self, info: WorkerInfo, stream: SessionStream, hello: RouterHello) -> None:
+        self.info = info
+        self.draining = False
+        self.lost: WorkerLost | None = None
+        self.own = Outstanding()
+        self.foreign = Outstanding()
+        self.load = EngineLoad()
+        self._stream = stream
+        self._handles = HandleSpace()
+        self._lanes: dict[int, Lane] = {}
+        self._legs: dict[int, _Leg] = {}
+        self._pending = RouterUpdate(hello=hello)
+        self._wake = asyncio.Event()
+        self._wake.set()
+
+    # ---- what requests ask for; nothing is sent before the tick ends ----
+
+    def submit(self, request: Request, phase: Phase, events: LegEvents) -> int:
+        """Queue a submission; returns its handle. Raises `WorkerLost` when the stream has ended."""
+        if self.lost is not None:
+            raise self.lost
+        handle = self._handles.take(request.params.n, self._lanes)
+        self._legs[handle] = _Leg(events, request.params.n)
+        for choice in range(request.params.n):
+            self._lanes[handle + choice] = events.lane(choice)
+        self._pending.submissions.append(Submission(handle, phase, request))
+        self._wake.set()
+        return handle
+
+    def cancel(self, handle: int) -> None:
+        """Forget the request and have the worker free it. Unknown handles are ignored."""
+        if not self.forget(handle):
+            return
+        unsent = [each for each in self._pending.submissions if each.handle == handle]
+        if unsent:
+            self._pending.submissions.remove(unsent[0])
+            self._pending.relays = [each for each in self._pending.relays if each.handle != handle]
+            return
+        self._pending.cancels.append(handle)
+        self._wake.set()
+
+    def cancel_choice(self, handle: int) -> None:
+        """One choice ended here (a stop string); the worker must not go on with it."""
+        self._lanes.pop(handle, None)
+        self._pending.choice_cancels.append(handle)
+        self._wake.set()
+
+    def relay(
+        self,
+        handle: int,
+        *,
+        ticket: bytes = b"",
+        manifests: tuple[bytes, ...] = (),
+        outputs: tuple[FirstOutput, ...] = (),
+    ) -> None:
+        """Pass prefill's news on to the decode request `handle`."""
+        if handle in self._legs:
+            self._pending.relays.append(Relay(handle, ticket, manifests, outputs))
+            self._wake.set()
+
+    def set_lane(self, handle: int, lane: Lane) -> None:
+        """Give a choice's tokens to another lane from now on."""
+        if handle in self._lanes:
+            self._lanes[handle] = lane
+
+    def forget(self, handle: int) -> bool:
+        """Take nothing more of this request. False: it was not known."""
+        leg = self._legs.pop(handle, None)
+        if leg is None:
+            return False
+        for choice in range(leg.num_choices):
+            self._lanes.pop(handle + choice, None)
+        return True
+
+    @property
+    def num_requests(self) -> int:
+        """Of this router's, on this worker."""
+        return len(self._legs)
+
+    # ---- the stream ----
+
+    async def run(self) -> None:
+        """Serve the stream until it ends, then fail what is left on it. Raises the error that ended it."""
+        writer = asyncio.create_task(self._write())
+        try:
+            while (update := await self._stream.read()) is not None:
+                self._on_update(update)
+            raise WorkerLost(f"worker {self.info.worker_id} closed its stream")
+        finally:
+            writer.cancel()
+            self._stream.cancel()
+            self._fail_all()
+
+    async def _write(self) -> None:
+        """A failed write ends only the writing: the read that fails with it reports why."""
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                update, self._pending = self._pending, RouterUpdate()
+                for part in split(update):
+                    await self._stream.write(part)
+        except PdserveError as error:
+            log.info("stream to worker %s: %s", self.info.worker_id, error)
+            self._stream.cancel()
+
+    def _on_update(self, update: WorkerUpdate) -> None:
+        if update.step is not None:
+            self._on_step(update.step)
+        if update.load is not None:
+            self._on_load(update.load)
+        if update.hello is not None:
+            self._on_hello(update.hello.worker)
+        if update.draining:
+            self.draining = True
+
+    def _on_hello(self, info: WorkerInfo) -> None:
+        """A worker introduces itself again when its role has changed. Raises `WorkerLost` if it is another one."""
+        if info.incarnation != self.info.incarnation:
+            raise WorkerLost(f"worker {self.info.worker_id} was restarted")
+        self.info = info
+
+    def _on_step(self, step: StepColumns) -> None:
+        if step.counts or step.logprobs or step.finishes:
+            self._on_mixed_step(step)
+        else:
+            find = self._lanes.get
+            for handle, index, token_id in zip(step.handles, step.first_indexes, step.token_ids, strict=True):
+                lane = find(handle)
+                if lane is not None:
+                    try:
+                        lane.take(index, (token_id,), (), None)
+                    except Exception as error:  # noqa: BLE001 - one faulty sink must not cost the others
+                        self._on_faulty(lane, handle, error)
+        for stats in step.prompts:
+            if (leg := self._legs.get(stats.handle)) is not None:
+                leg.events.on_prompt(stats)
+        for announcement in step.announcements:
+            if (leg := self._legs.get(announcement.handle)) is not None:
+                leg.events.on_announcement(announcement)
+
+    def _on_mixed_step(self, step: StepColumns) -> None:
+        """A step with ends, logprobs or several tokens a choice. A worker that fell behind merges steps, so a choice
+        may have several entries; its end goes with the last of them."""
+        ended = {finish.handle: finish for finish in step.finishes}
+        last = {handle: entry for entry, handle in enumerate(step.handles) if handle in ended} if ended else {}
+        logprobs = {(each.handle, each.index): each for each in step.logprobs}
+        start = 0
+        counts = step.counts or (1,) * len(step.handles)
+        for entry, (handle, index, count) in enumerate(zip(step.handles, step.first_indexes, counts, strict=True)):
+            token_ids = tuple(step.token_ids[start : start + count])
+            start += count
+            known = _pick(logprobs, handle, index, count) if logprobs else ()
+            finish = ended.pop(handle) if last.get(handle) == entry else None
+            self._give(handle, index, token_ids, known, finish)
+        for handle, finish in ended.items():
+            self._give(handle, 0, (), (), finish)
+
+    def _give(
+        self, handle: int, index: int, token_ids: tuple[int, ...], logprobs: Sequence[Logprobs], finish: Finish | None
+    ) -> None:
+        lane = self._lanes.get(handle)
+        if lane is None:
+            return
+        try:
+            if token_ids:
+                lane.take(index, token_ids, logprobs, finish)
+            elif finish is not None:
+                lane.end(finish)
+        except Exception as error:  # noqa: BLE001 - one faulty sink must not cost the others
+            self._on_faulty(lane, handle, error)
+
+    def _on_faulty(self, lane: Lane, handle: int, error: Exception) -> None:
+        log.error("delivering tokens from worker %s failed", self.info.worker_id, exc_info=error)
+        failure = EngineFailed(f"delivering tokens failed: {type(error).__name__}: {error}", leg="router")
+        lane.end(Finish(handle, FinishReason.ERROR, 0, error=failure))
+
+    def _on_load(self, load: EngineLoad) -> None:
+        """What the report holds beyond our own work is others'. It lags by a step or two, which only ever counts some
+        of our own work twice or not at all until the next report."""
+        self.load = load
+        self.foreign.num_requests = max(0, load.num_running + load.num_waiting - self.own.num_requests)
+        self.foreign.num_prefill_tokens = max(0, load.num_prefill_tokens_waiting - self.own.num_prefill_tokens)
+        held = (load.num_total_blocks - load.num_free_blocks) * self.info.block_tokens
+        self.foreign.num_context_tokens = max(0, held - self.own.num_context_tokens)
+
+    def _fail_all(self) -> None:
+        self.lost = WorkerLost(f"worker {self.info.worker_id} is gone")
+        legs, self._legs = self._legs, {}
+        self._lanes.clear()
+        for leg in legs.values():
+            leg.events.on_lost(WorkerLost(f"worker {self.info.worker_id} was lost with the request on it"))
+
+
+def _pick(logprobs: dict[tuple[int, int], Logprobs], handle: int, first_index: int, count: int) -> Sequence[Logprobs]:
+    wanted = ((handle, index) for index in range(first_index, first_index + count))
+    return [logprobs[key] for key in wanted if key in logprobs]
+
+
+def split(update: RouterUpdate) -> list[RouterUpdate]:
+    """The update as messages of about `MAX_MESSAGE_BYTES` at most (one submission is never cut). Cancels and relays
+    go with the last, behind every submission."""
+    sizes = [submission_bytes(each) for each in update.submissions]
+    if sum(sizes) <= MAX_MESSAGE_BYTES:
+        return [update] if update else []
+    parts = [RouterUpdate(hello=update.hello)]
+    room = MAX_MESSAGE_BYTES
+    for submission, size in zip(update.submissions, sizes, strict=True):
+        if size > room and parts[-1].submissions:
+            parts.append(RouterUpdate())
+            room = MAX_MESSAGE_BYTES
+        parts[-1].submissions.append(submission)
+        room -= size
+    parts[-1].cancels, parts[-1].choice_cancels, parts[-1].relays = update.cancels, update.choice_cancels, update.relays
+    return parts
+
+
+def submission_bytes(submission: Submission) -> int:
+    """About what it takes on the wire."""
+    request = submission.request
+    assert request is not None
+    return 4 * len(request.prompt_token_ids) + len(request.block_keys) + 512
