@@ -1,0 +1,338 @@
+"""Continuous batching: which sequences compute how many tokens in the next step, and in which blocks.
+
+Every step takes the running decodes first, then a chunk of each prompt under way, then new ones, all in the order
+(priority, arrival, choice), within a token budget. A prompt gets all its blocks when it is admitted, so only decodes
+can run out of room. Then the youngest sequence gives up its blocks and is computed anew later (its full blocks are
+mostly still in the prefix cache). PREFILL submissions are never preempted: what they exported must stay.
+
+Nothing waits for ever: a sequence only ever waits for older ones, or for blocks that a peer or a transfer holds. The
+oldest one may take everything from the younger if else the step would be empty.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from pdserve.engine.core.blocks import BlockManager
+from pdserve.engine.core.config import CoreConfig
+from pdserve.engine.core.sequences import Choice, Group, Order, Work
+from pdserve.types import Phase
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one step is going to compute."""
+
+    items: list[Work] = field(default_factory=list)
+    copy_sources: list[int] = field(default_factory=list)
+    copy_targets: list[int] = field(default_factory=list)
+    """Pool blocks that were copied on write for this step."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.items)
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Tokens whose KV is read, new ones included."""
+        return sum(item.start + item.num_tokens for item in self.items)
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        return sum(len(item.choices) for item in self.items)
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """Blocks that a DECODE submission will need for its context."""
+
+    order: Order
+    num_blocks: int
+    granted: bool = False
+
+
+def _order(entry: Choice | Reservation) -> Order:
+    return entry.order
+
+
+class Scheduler:
+    """Owns the queues and the block tables of all sequences that are to run."""
+
+    def __init__(self, config: CoreConfig, pool: BlockManager, block_tokens: int) -> None:
+        self.decoding: list[Choice] = []
+        self.prefilling: list[Choice] = []
+        self.waiting: list[Choice] = []
+        """Those with blocks wait for a slot only."""
+        self.reserving: list[Reservation] = []
+        self.stuck = False
+        """Nothing could be scheduled; only an event from outside can change that."""
+        self.num_preemptions = 0
+        self.num_queried_tokens = 0
+        self.num_hit_tokens = 0
+        self._config = config
+        self._pool = pool
+        self._block_tokens = block_tokens
+        self._watermark = int(config.watermark * pool.num_blocks)
+        self._step = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self.decoding) + len(self.prefilling)
+
+    @property
+    def has_sequences(self) -> bool:
+        return bool(self.decoding or self.prefilling or self.waiting)
+
+    @property
+    def num_prefill_tokens_waiting(self) -> int:
+        return sum(seq.num_uncomputed_tokens for seq in (*self.prefilling, *self.waiting))
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_tokens)
+
+    # Queues
+
+    def add(self, seq: Choice) -> None:
+        """Queue a sequence. One that has blocks and only decodes starts at once if there is a slot."""
+        if seq.block_table and self.num_running < self._config.max_num_seqs:
+            self._start(seq)
+        else:
+            insort(self.waiting, seq, key=_order)
+
+    def remove(self, seq: Choice) -> None:
+        """Take a sequence out, wherever it is, and free its blocks."""
+        for queue in (self.decoding, self.prefilling, self.waiting):
+            if seq in queue:
+                queue.remove(seq)
+                break
+        self._release(seq)
+
+    def reserve(self, reservation: Reservation) -> None:
+        insort(self.reserving, reservation, key=_order)
+        self.grant()
+
+    def grant(self) -> None:
+        """Grant reservations in order, leaving room for whoever has waited longer."""
+        while self.reserving:
+            first = self.reserving[0]
+            if first.num_blocks + self._need_of_older_waiting(first) > self._pool.num_available:
+                return
+            self._pool.reserve(first.num_blocks)
+            first.granted = True
+            self.reserving.pop(0)
+
+    def withdraw(self, reservation: Reservation) -> None:
+        """The reservation is used up or no longer wanted."""
+        if reservation.granted:
+            self._pool.unreserve(reservation.num_blocks)
+        else:
+            self.reserving.remove(reservation)
+
+    def open_reserved(self, seq: Choice, reservation: Reservation) -> bool:
+        """Turn a granted reservation into blocks, the cached ones first; False while it is not granted."""
+        self.grant()
+        if not reservation.granted:
+            return False
+        self.withdraw(reservation)
+        table = self._pool.open_table(self.cached_keys(seq, len(seq.token_ids)), reservation.num_blocks)
+        assert table is not None, "what was reserved is there"
+        self._hold(seq, *table)
+        return True
+
+    # A step
+
+    def schedule(self) -> Batch:
+        """The next batch. Hot path: 256 decodes cost about 0.3 ms."""
+        self._step += 1
+        num_preemptions = self.num_preemptions
+        batch = Batch()
+        budget = self._schedule(self.decoding, batch, self._config.max_num_batched_tokens)
+        budget = self._schedule(self.prefilling, batch, budget)
+        self.grant()
+        if num_preemptions == self.num_preemptions:
+            self._admit(batch, budget)
+        self.stuck = not batch.items
+        return batch
+
+    def advance(self, item: Work) -> None:
+        """The item was computed: publish the blocks that it filled."""
+        seq = item.seq
+        seq.num_computed_tokens = item.start + item.num_tokens
+        if self._config.prefix_cache:
+            self.publish(seq)
+        if not seq.decoding and not seq.num_uncomputed_tokens:
+            self._promote(seq)
+
+    def publish(self, seq: Choice) -> None:
+        for index in range(seq.num_published, seq.num_computed_tokens // self._block_tokens):
+            self._pool.publish(seq.block_table[index], seq.key(index, self._block_tokens))
+            seq.num_published = index + 1
+
+    def cached_keys(self, seq: Choice, num_tokens: int) -> Iterable[bytes]:
+        """Keys of the full blocks within its first `num_tokens` tokens, to be looked up."""
+        if not self._config.prefix_cache:
+            return ()
+        return (seq.key(index, self._block_tokens) for index in range(num_tokens // self._block_tokens))
+
+    def _schedule(self, seqs: list[Choice], batch: Batch, budget: int) -> int:
+        for seq in tuple(seqs):
+            if not budget:
+                break
+            if seq.block_table and self._make_room(seq, batch):
+                budget -= self._append(seq, batch, budget)
+        return budget
+
+    def _append(self, seq: Choice, batch: Batch, budget: int) -> int:
+        """Put the next chunk of a sequence that has room into the batch; its number of tokens."""
+        left = seq.num_uncomputed_tokens
+        num_tokens = min(left, self._config.chunk_tokens, budget)
+        choices = self._sampled(seq) if num_tokens == left else ()
+        batch.items.append(Work(seq, seq.num_computed_tokens, num_tokens, choices))
+        seq.step = self._step
+        return num_tokens
+
+    @staticmethod
+    def _sampled(seq: Choice) -> tuple[Choice, ...]:
+        group = seq.group
+        return (seq,) if group.context_done else group.choices_at_context_end()
+
+    def _admit(self, batch: Batch, budget: int) -> None:
+        while self.waiting and budget:
+            seq = self.waiting[0]
+            if not self._make_slot(seq, batch) or not (seq.block_table or self._open(seq, batch)):
+                return
+            self.waiting.remove(seq)
+            self._start(seq)
+            if self._make_room(seq, batch):
+                budget -= self._append(seq, batch, budget)
+
+    def _start(self, seq: Choice) -> None:
+        seq.decoding = seq.group.context_done and seq.num_uncomputed_tokens == 1
+        insort(self.decoding if seq.decoding else self.prefilling, seq, key=_order)
+
+    def _promote(self, seq: Choice) -> None:
+        """A prompt, or what was recomputed, is complete."""
+        self.prefilling.remove(seq)
+        seq.decoding = True
+        insort(self.decoding, seq, key=_order)
+
+    # Room
+
+    def _open(self, seq: Choice, batch: Batch) -> bool:
+        """Give a waiting sequence its blocks, the cached ones first; its last token is always computed."""
+        num_tokens = len(seq.token_ids)
+        num_blocks = self.num_blocks_for(num_tokens)
+        while True:
+            spare = self._watermark if self.num_running else 0
+            spare += self._need_of_older_reservation(seq)
+            table = self._pool.open_table(self.cached_keys(seq, num_tokens - 1), num_blocks, spare)
+            if table is not None:
+                break
+            if batch.items or not self._preempt_younger(seq):
+                return False
+        self._hold(seq, *table)
+        return True
+
+    def _hold(self, seq: Choice, table: list[int], num_found: int) -> None:
+        seq.block_table = table
+        seq.num_published = num_found
+        seq.num_computed_tokens = num_found * self._block_tokens
+        self.num_queried_tokens += len(seq.token_ids)
+        self.num_hit_tokens += seq.num_computed_tokens
+        if seq.group.num_cached_tokens is None:
+            seq.group.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
+
+    def _make_room(self, seq: Choice, batch: Batch) -> bool:
+        """Blocks of its own for all tokens to be computed; False if it must sit this step out."""
+        table = seq.block_table
+        tail = seq.num_computed_tokens // self._block_tokens
+        while True:
+            shared = tail < len(table) and self._pool.is_shared(table[tail])
+            missing = self.num_blocks_for(len(seq.token_ids)) - len(table)
+            if not shared and missing <= 0:
+                return True
+            if missing + shared <= self._pool.num_available:
+                break
+            if not self._preempt_younger(seq):
+                return False
+        if shared:
+            self._copy_on_write(table, tail, batch)
+        if missing > 0:
+            table += self._pool.allocate(missing, after=table[-1])
+        return True
+
+    def _copy_on_write(self, table: list[int], index: int, batch: Batch) -> None:
+        source = table[index]
+        (target,) = self._pool.allocate(1)
+        batch.copy_sources.append(source)
+        batch.copy_targets.append(target)
+        self._pool.free([source])
+        table[index] = target
+
+    def _make_slot(self, seq: Choice, batch: Batch) -> bool:
+        if self.num_running < self._config.max_num_seqs:
+            return True
+        victim = self._youngest((self.decoding, self.prefilling), seq)
+        if batch.items or victim is None:
+            return False
+        self._preempt(victim)
+        return True
+
+    def _preempt_younger(self, seq: Choice) -> bool:
+        victim = self._youngest((self.decoding, self.prefilling, self._waiting_with_blocks()), seq)
+        if victim is None:
+            return False
+        self._preempt(victim)
+        return True
+
+    def _youngest(self, queues: Iterable[Iterable[Choice]], than: Choice) -> Choice | None:
+        """The youngest sequence that may be preempted for `than`: not one that is in the batch already."""
+        candidates = (
+            seq
+            for queue in queues
+            for seq in queue
+            if seq.order > than.order and seq.step != self._step and seq.group.phase is not Phase.PREFILL
+        )
+        return max(candidates, key=_order, default=None)
+
+    def _waiting_with_blocks(self) -> Iterator[Choice]:
+        return (seq for seq in self.waiting if seq.block_table)
+
+    def _preempt(self, victim: Choice) -> None:
+        """Recompute later: what it has put out stays, and its next token keeps its output index."""
+        self.num_preemptions += 1
+        self.remove(victim)
+        insort(self.waiting, victim, key=_order)
+
+    def _release(self, seq: Choice) -> None:
+        self._pool.free(seq.block_table)
+        seq.block_table = []
+        seq.num_computed_tokens = 0
+        seq.num_published = 0
+
+    def _need_of_older_waiting(self, reservation: Reservation) -> int:
+        """Blocks to leave for the first waiting sequence, if it came before."""
+        if not self.waiting or self.waiting[0].order > reservation.order:
+            return 0
+        return self.num_blocks_for(len(self.waiting[0].token_ids)) - len(self.waiting[0].block_table)
+
+    def _need_of_older_reservation(self, seq: Choice) -> int:
+        if not self.reserving or self.reserving[0].order > seq.order:
+            return 0
+        return self.reserving[0].num_blocks
+
+    # Self-check
+
+    def check_integrity(self, groups: Iterable[Group]) -> None:
+        """`groups`: all requests. Raises `AssertionError` if the queues hold a sequence twice, a dead one, or out of
+        order."""
+        queues = (self.decoding, self.prefilling, self.waiting)
+        queued = [id(seq) for queue in queues for seq in queue]
+        known = {id(seq) for group in groups for seq in group.sequences() if seq.alive}
+        assert len(set(queued)) == len(queued), "a sequence is queued twice"
+        assert known.issuperset(queued), "a sequence is queued whose request has ended"
+        for queue in queues:
+            assert [seq.order for seq in queue] == sorted(seq.order for seq in queue), "a queue is out of order"
+        assert all(seq.block_table for queue in queues[:2] for seq in queue), "a running sequence has no blocks"
