@@ -49,3 +49,13 @@ class MatchesPartner:
         if need.partner is None or compatible(worker.info, need.partner):
             return None
         return "incompatible_kv"
+
+
+class HasBlockSize:
+    """The block keys that the router sends are those of the worker's blocks."""
+
+    def __init__(self, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
+
+    def refuse(self, worker: Candidate, need: Need) -> str | None:
+        return None if worker.info.block_tokens == self._block_tokens else "block_tokens"

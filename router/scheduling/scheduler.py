@@ -10,7 +10,15 @@ from typing import Generic, TypeVar
 from pdserve.errors import NoWorker
 from pdserve.types import Role
 from router.scheduling.base import Candidate, Need, Profile, Weighted
-from router.scheduling.filters import FitsPool, HasRole, MatchesPartner, NotDraining, ServesModel, compatible
+from router.scheduling.filters import (
+    FitsPool,
+    HasBlockSize,
+    HasRole,
+    MatchesPartner,
+    NotDraining,
+    ServesModel,
+    compatible,
+)
 from router.scheduling.pickers import MaxScore
 from router.scheduling.scorers import LeastRequests, LeastTokens, context_tokens, prefill_tokens
 
@@ -29,9 +37,9 @@ class Placed(Generic[WorkerT]):
     reasons: tuple[str, ...]
 
 
-def least_loaded(seed: int) -> dict[Role, Profile]:
+def least_loaded(seed: int, block_tokens: int) -> dict[Role, Profile]:
     """The default policy. Tokens weigh more than seats: a step's time follows tokens, seats only bound it."""
-    filters = (HasRole(), ServesModel(), NotDraining(), FitsPool(), MatchesPartner())
+    filters = (HasRole(), ServesModel(), NotDraining(), HasBlockSize(block_tokens), FitsPool(), MatchesPartner())
     picker = MaxScore(random.Random(seed))
     requests = Weighted("least_requests", LeastRequests(), 1.0)
     prefill = Weighted("least_prefill_tokens", LeastTokens(prefill_tokens), 2.0)

@@ -1,0 +1,195 @@
+"""A router's core over real workers with the sim engine, all in one process and one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from pdserve.config import WorkerConfig
+from pdserve.engine.base import KVMemoryFactory
+from pdserve.engine.core.config import CoreConfig
+from pdserve.engine.sim import SimEngine, SimEngineConfig
+from pdserve.engine.timing import TimingModel
+from pdserve.errors import PdserveError
+from pdserve.metrics import RouterMetrics
+from pdserve.tokens import ChatTemplate, Tokenizer
+from pdserve.types import FinishReason, Logprobs, ModelInfo, Role, SamplingParams
+from pdserve.wire.session import RouterHello
+from router.base import Incoming, Usage
+from router.core import CoreOptions, RouterCore
+from router.discovery import StaticDiscovery
+from router.fleet import Fleet
+from router.request import Timeouts
+from router.scheduling.scheduler import Scheduler, least_loaded
+from worker_core.worker import Worker
+
+VOCAB_SIZE = 1024
+EOS = 0
+MODEL = ModelInfo("tiny", "r1", "t1", max_model_len=4096, vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """Byte-level: id 0 is EOS, ids 1 to 256 are single bytes, all others are words " w257", " w258", ..."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<eos>": EOS} | {char: i + 1 for i, char in enumerate(alphabet)}
+    vocab |= {f"Ġw{i}": i for i in range(len(vocab), VOCAB_SIZE)}
+    backend = Backend(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<eos>"])
+    return Tokenizer(backend, ChatTemplate(TEMPLATE, {}))
+
+
+@dataclass
+class Collector:
+    """A sink that keeps everything."""
+
+    texts: dict[int, str] = field(default_factory=dict)
+    token_ids: dict[int, list[int]] = field(default_factory=dict)
+    logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
+    finishes: dict[int, tuple[FinishReason, str | int | None]] = field(default_factory=dict)
+    usage: Usage | None = None
+    error: PdserveError | None = None
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    some: asyncio.Event = field(default_factory=asyncio.Event)
+    wanted: int = 1
+    """`some` is set once choice 0 has so many tokens."""
+
+    def on_tokens(self, choice: int, text: str, token_ids: Sequence[int], logprobs: Sequence[Logprobs]) -> None:
+        assert not self.over.is_set()
+        assert choice not in self.finishes
+        self.texts[choice] = self.texts.get(choice, "") + text
+        self.token_ids.setdefault(choice, []).extend(token_ids)
+        self.logprobs.setdefault(choice, []).extend(logprobs)
+        if len(self.token_ids.get(0, ())) >= self.wanted:
+            self.some.set()
+
+    def on_finish(self, choice: int, reason: FinishReason, stop: str | int | None) -> None:
+        assert not self.over.is_set()
+        assert choice not in self.finishes
+        self.finishes[choice] = (reason, stop)
+
+    def on_done(self, usage: Usage) -> None:
+        assert not self.over.is_set()
+        self.usage = usage
+        self.over.set()
+
+    def on_error(self, error: PdserveError) -> None:
+        assert not self.over.is_set()
+        self.error = error
+        self.over.set()
+        self.some.set()
+
+    async def result(self) -> Collector:
+        await asyncio.wait_for(self.over.wait(), 20)
+        return self
+
+
+@dataclass
+class House:
+    """What a test builds: workers, then a core that knows them."""
+
+    tmp: Path
+    tokenizer: Tokenizer = field(default_factory=tiny_tokenizer)
+    workers: list[Worker] = field(default_factory=list)
+    fleets: list[Fleet] = field(default_factory=list)
+    cores: list[RouterCore] = field(default_factory=list)
+    sim: SimEngineConfig = field(
+        default_factory=lambda: SimEngineConfig(
+            core=CoreConfig(num_blocks=1024, max_num_seqs=64, chunk_tokens=64), model=MODEL, eos_period=0
+        )
+    )
+
+    async def worker(
+        self, role: Role, name: str, *, listen: str = "127.0.0.1:0", timing: TimingModel | None = None,
+        sim: SimEngineConfig | None = None, **config: object,
+    ) -> Worker:  # fmt: skip
+        engine_config = sim or self.sim
+
+        def build(_: WorkerConfig, memory: KVMemoryFactory) -> SimEngine:
+            return SimEngine(engine_config, memory, timing=timing)
+
+        worker = Worker(
+            WorkerConfig(worker_id=name, listen=listen, engine="sim", drain_timeout_s=5.0, **config), role, build
+        )
+        await worker.start()
+        self.workers.append(worker)
+        return worker
+
+    async def pair(self, timing: TimingModel | None = None) -> tuple[Worker, Worker]:
+        prefill = await self.worker(Role.PREFILL, "p0", timing=timing)
+        return prefill, await self.worker(Role.DECODE, "d0", timing=timing)
+
+    async def core(
+        self, *, addresses: Sequence[str] | None = None, timeouts: Timeouts = Timeouts(10, 10, 10), **options: object
+    ) -> RouterCore:
+        if addresses is None:
+            addresses = [worker.address for worker in self.workers]
+        fleet = Fleet(StaticDiscovery(addresses), RouterHello("router", 1), tls=None, max_backoff_s=0.1)
+        given = {
+            "model": "tiny", "aliases": {}, "disaggregate": True, "block_tokens": 16, "secret": b"s",
+            "max_inflight": 64, "timeouts": timeouts, "num_records": 100, **options,
+        }  # fmt: skip
+        core = RouterCore(
+            CoreOptions(**given), self.tokenizer, fleet, Scheduler(least_loaded(1, 16)), RouterMetrics(CollectorRegistry())
+        )
+        self.fleets.append(fleet)
+        self.cores.append(core)
+        fleet.start()
+        if addresses:
+            await until(lambda: len(fleet.links) == len(addresses))
+        return core
+
+    async def close(self) -> None:
+        for fleet in self.fleets:
+            await fleet.close()
+        for worker in self.workers:
+            await worker.stop()
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    built = House(tmp_path)
+    yield built
+    await built.close()
+
+
+@pytest.fixture
+def sink() -> type[Collector]:
+    return Collector
+
+
+@pytest.fixture
+def wait_until() -> Callable[..., Awaitable[None]]:
+    return until
+
+
+@pytest.fixture
+def incoming() -> Callable[..., Incoming]:
+    """`incoming("text", max_tokens=4, ...)`: params and request fields by name."""
+    number = iter(range(10**6))
+    own = {"model", "cache_salt", "include_stop_str_in_output", "skip_special_tokens", "timeout_ms", "request_id"}
+
+    def make(text: str | None = "hello world", **given: object) -> Incoming:
+        fields = {key: given.pop(key) for key in list(given) if key in own}
+        prompt = given.pop("token_ids", None)
+        messages = given.pop("messages", None)
+        params = SamplingParams(**{"max_tokens": 8, "temperature": 0.0, **given})
+        base = Incoming(f"r{next(number)}", "tiny", params, text if prompt is None and messages is None else None)
+        return replace(base, token_ids=prompt, messages=messages, **fields)
+
+    return make
