@@ -11,7 +11,7 @@ from pdserve.types import KVManifest, KVTicket
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """`engine.import_blocks(...)` until it gives a target; then `ledger.reserved`."""
+    """`engine.import_blocks(...)` until it gives a target; then `ledger.reserved(this, target)`."""
 
     handle: int
     chunk_index: int

@@ -119,11 +119,11 @@ class ImportLedger:
 
     # --- events from the engine, the exporter and the transports ---
 
-    def reserved(self, handle: int, chunk_index: int, target: ImportTarget) -> list[ImportAction]:
-        """The engine has blocks for this chunk."""
-        request = self._live(handle)
-        chunk = request.chunks.get(chunk_index) if request else None
-        if request is None or chunk is None or chunk.target is not None:
+    def reserved(self, reserve: Reserve, target: ImportTarget) -> list[ImportAction]:
+        """The engine has blocks for this chunk. An answer about a replaced ticket's chunk is ignored."""
+        request = self._live(reserve.handle)
+        chunk = request.chunks.get(reserve.chunk_index) if request else None
+        if request is None or chunk is None or chunk.target is not None or not chunk.covers(reserve):
             return []
         if len(target.blocks) != len(chunk.manifest.blocks):
             return self._fail(request, HandoverError("the exporter's blocks and ours differ in number"))

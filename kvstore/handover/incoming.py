@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kvstore.handover.actions import Reserve
 from kvstore.handover.chunk import Chunk, ChunkState
 from pdserve.engine.base import ImportTarget
 from pdserve.types import KVManifest, KVTicket
@@ -45,6 +46,10 @@ class InChunk(Chunk):
     def num_to_pull(self) -> int:
         """Blocks; 0 while its target is unknown."""
         return len(self.target.blocks) - self.target.num_cached_blocks if self.target else 0
+
+    def covers(self, reserve: Reserve) -> bool:
+        """Whether these are its tokens."""
+        return (self.manifest.first_token, self.manifest.num_tokens) == (reserve.first_token, reserve.num_tokens)
 
     def is_here(self) -> bool:
         """Arrived, or there is nothing to pull."""
