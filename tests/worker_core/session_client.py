@@ -1,0 +1,306 @@
+"""A router in miniature: sessions with workers over the real wire, and one that joins a prefill and a decode worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+
+from pdserve.errors import PdserveError
+from pdserve.rpc import Channel
+from pdserve.types import EngineLoad, Finish, FinishReason, Logprobs, Phase, PromptStats, Request
+from pdserve.wire.session import (
+    SESSION,
+    Announcement,
+    FirstOutput,
+    Relay,
+    RouterHello,
+    RouterUpdate,
+    StepColumns,
+    Submission,
+    WorkerHello,
+    WorkerUpdate,
+)
+
+
+@dataclass(eq=False)
+class Reply:
+    """What has come of one submission."""
+
+    handle: int
+    n: int
+    tokens: list[dict[int, int]] = field(default_factory=list)
+    """By choice: output index to token id."""
+    finishes: dict[int, Finish] = field(default_factory=dict)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    announcements: list[Announcement] = field(default_factory=list)
+    prompt: PromptStats | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    on_change: Callable[[], None] = lambda: None
+
+    @property
+    def error(self) -> Exception | None:
+        return next((f.error for f in self.finishes.values() if f.error is not None), None)
+
+    @property
+    def done(self) -> bool:
+        return len(self.finishes) == self.n or self.error is not None
+
+    def output(self, choice: int = 0) -> list[int]:
+        got = self.tokens[choice]
+        return [got[i] for i in sorted(got)]
+
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+        async with asyncio.timeout(timeout_s):
+            while not condition():
+                self.changed.clear()
+                await self.changed.wait()
+
+    async def result(self, choice: int = 0) -> list[int]:
+        """All tokens, once every choice has ended. Raises the error that it ended with."""
+        await self.until(lambda: self.done)
+        if self.error is not None:
+            raise self.error
+        return self.output(choice)
+
+
+class RouterSession:
+    """One stream to one worker."""
+
+    def __init__(self, address: str, router_id: str = "test-router") -> None:
+        self.channel = Channel(address)
+        self.router_id = router_id
+        self.hello: WorkerHello | None = None
+        self.hellos: list[WorkerHello] = []
+        self.load: EngineLoad | None = None
+        self.draining = False
+        self.num_steps = 0
+        self.ended: asyncio.Future[PdserveError | None] = asyncio.get_running_loop().create_future()
+        self.changed = asyncio.Event()
+        self._replies: dict[int, Reply] = {}
+        self._handles = count(1, 200)
+        self._stream = None
+        self._reader: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def open(cls, address: str, router_id: str = "test-router", **versions: int) -> RouterSession:
+        session = cls(address, router_id)
+        await session.start(**versions)
+        return session
+
+    async def start(self, **versions: int) -> None:
+        self._stream = self.channel.open(SESSION)
+        first = await self._stream.read()
+        assert first is not None
+        self.hello = first.hello
+        await self._stream.write(RouterUpdate(hello=RouterHello(self.router_id, 1, **versions)))
+        self._reader = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        try:
+            while (update := await self._stream.read()) is not None:
+                self._take(update)
+            self._end(None)
+        except PdserveError as error:
+            self._end(error)
+
+    def _end(self, error: PdserveError | None) -> None:
+        if not self.ended.done():
+            self.ended.set_result(error)
+        self.changed.set()
+
+    def _take(self, update: WorkerUpdate) -> None:
+        if update.hello is not None:
+            self.hellos.append(update.hello)
+        if update.load is not None:
+            self.load = update.load
+        self.draining = self.draining or update.draining
+        if update.step is not None:
+            self.num_steps += 1
+            self._take_step(update.step)
+        self.changed.set()
+
+    def _take_step(self, step: StepColumns) -> None:
+        touched = set()
+        position = 0
+        for i, handle in enumerate(step.handles):
+            num = step.counts[i] if step.counts else 1
+            reply = self._of(handle)
+            for k in range(num):
+                if reply is not None:
+                    index = step.first_indexes[i] + k
+                    assert index not in reply.tokens[handle - reply.handle], "a token came twice"
+                    reply.tokens[handle - reply.handle][index] = step.token_ids[position]
+                position += 1
+            touched.add(reply)
+        for finish in step.finishes:
+            reply = self._of(finish.handle)
+            if reply is not None:
+                reply.finishes[finish.handle - reply.handle] = finish
+            touched.add(reply)
+        for name, entries in (("logprobs", step.logprobs), ("announcements", step.announcements)):
+            for entry in entries:
+                reply = self._of(entry.handle)
+                if reply is not None:
+                    getattr(reply, name).append(entry)
+                touched.add(reply)
+        for stats in step.prompts:
+            reply = self._of(stats.handle)
+            if reply is not None:
+                reply.prompt = stats
+            touched.add(reply)
+        for reply in touched - {None}:
+            reply.changed.set()
+            reply.on_change()
+
+    def _of(self, handle: int) -> Reply | None:
+        return self._replies.get(handle) or next(
+            (r for r in self._replies.values() if r.handle <= handle < r.handle + r.n), None
+        )
+
+    async def send(self, update: RouterUpdate) -> None:
+        await self._stream.write(update)
+
+    def expect(self, n: int) -> Reply:
+        handle = next(self._handles)
+        reply = self._replies[handle] = Reply(handle, n, [{} for _ in range(n)])
+        return reply
+
+    async def submit(self, request: Request, phase: Phase, on_change: Callable[[], None] = lambda: None) -> Reply:
+        reply = self.expect(request.params.n)
+        reply.on_change = on_change
+        await self.send(RouterUpdate(submissions=[Submission(reply.handle, phase, request)]))
+        return reply
+
+    async def cancel(self, reply: Reply) -> None:
+        """No further answer is expected."""
+        self._replies.pop(reply.handle, None)
+        await self.send(RouterUpdate(cancels=[reply.handle]))
+
+    async def cancel_choice(self, reply: Reply, choice: int) -> None:
+        await self.send(RouterUpdate(choice_cancels=[reply.handle + choice]))
+
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+        async with asyncio.timeout(timeout_s):
+            while not condition():
+                self.changed.clear()
+                await self.changed.wait()
+
+    async def until_free(self) -> None:
+        """Until the worker reports that it holds no block and runs nothing."""
+
+        def free() -> bool:
+            load = self.load
+            return (
+                load is not None
+                and load.num_free_blocks == load.num_total_blocks
+                and not (load.num_running or load.num_waiting or load.num_exported_blocks)
+            )
+
+        await self.until(free)
+
+    def break_off(self) -> None:
+        """As if this router's process had died."""
+        self._stream.cancel()
+
+    async def close(self) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
+        await self.channel.close()
+
+
+class PairRequest:
+    """One request on both workers, with the router's relaying between them."""
+
+    def __init__(self, prefill: RouterSession, decode: RouterSession, request: Request) -> None:
+        self._prefill, self._decode, self.request = prefill, decode, request
+        self.first: Reply
+        self.rest: Reply
+        self._num_relayed = 0
+        self._outputs_sent = False
+        self.hold_back = False
+        """Set to stop relaying."""
+        self.change_relay: Callable[[Relay], Relay] = lambda relay: relay
+        self._relays: asyncio.Queue[Relay] = asyncio.Queue()
+        self._sender: asyncio.Task[None] | None = None
+
+    async def start(self) -> PairRequest:
+        self.rest = await self._decode.submit(self.request, Phase.DECODE)
+        self.first = await self._prefill.submit(self.request, Phase.PREFILL, self.pump)
+        self._sender = asyncio.create_task(self._send())
+        self.rest.on_change = self._stop_sending
+        return self
+
+    def pump(self) -> None:
+        """Relay what prefill has announced, and its first tokens."""
+        if self.hold_back:
+            return
+        for announcement in self.first.announcements[self._num_relayed :]:
+            self._num_relayed += 1
+            self._relays.put_nowait(Relay(self.rest.handle, announcement.ticket, announcement.manifests))
+        if self.first.prompt is not None and not self._outputs_sent and not self.first.done:
+            self._outputs_sent = True
+            outputs = tuple(
+                FirstOutput(tuple(self._outputs_of(c)), c in self.first.finishes) for c in range(self.first.n)
+            )
+            self._relays.put_nowait(Relay(self.rest.handle, outputs=outputs))
+
+    def _outputs_of(self, choice: int) -> list[int]:
+        return [
+            *(self.request.output_token_ids[choice] if self.request.output_token_ids else ()),
+            *self.first.output(choice),
+        ]
+
+    async def _send(self) -> None:
+        while True:
+            relay = self.change_relay(await self._relays.get())
+            await self._decode.send(RouterUpdate(relays=[relay]))
+
+    def _stop_sending(self) -> None:
+        if self.rest.done and self._sender is not None:
+            self._sender.cancel()
+
+    @property
+    def all_finished(self) -> bool:
+        return all(c in self.first.finishes or c in self.rest.finishes for c in range(self.first.n))
+
+    async def result(self, choice: int = 0) -> list[int]:
+        """All tokens of a choice, prefill's and decode's, each once. Raises the error of either side."""
+        async with asyncio.timeout(30):
+            while not self.all_finished:
+                for reply in (self.first, self.rest):
+                    if reply.error is not None:
+                        raise reply.error
+                waits = [asyncio.create_task(self.first.changed.wait()), asyncio.create_task(self.rest.changed.wait())]
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                for wait in waits:
+                    wait.cancel()
+                self.first.changed.clear()
+                self.rest.changed.clear()
+        for reply in (self.first, self.rest):
+            if reply.error is not None:
+                raise reply.error
+        tokens = {**self.first.tokens[choice]}
+        for index, token in self.rest.tokens[choice].items():
+            assert index not in tokens, "both workers gave this token"
+            tokens[index] = token
+        if self.first.done:  # every choice ended at prefill: decode is not needed
+            await self._decode.cancel(self.rest)
+        self._stop()
+        assert sorted(tokens) == list(range(min(tokens), min(tokens) + len(tokens)))
+        return [tokens[i] for i in sorted(tokens)]
+
+    async def cancel(self) -> None:
+        self._stop()
+        await self._prefill.cancel(self.first)
+        await self._decode.cancel(self.rest)
+
+    def _stop(self) -> None:
+        if self._sender is not None:
+            self._sender.cancel()
+
+
+def finish_reason(reply: Reply, choice: int = 0) -> FinishReason:
+    return reply.finishes[choice].reason

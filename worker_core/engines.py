@@ -1,0 +1,69 @@
+"""Which engine a worker runs, from its config. Each is imported only when asked for: a sim worker needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pdserve.config import WorkerConfig
+from pdserve.engine.base import HandoverEngine, KVMemoryFactory
+from pdserve.engine.core.config import CoreConfig
+from pdserve.errors import ConfigError
+
+MAX_SIM_BLOCKS = 32_768
+"""A sim block has 256 bytes, fewer than its bookkeeping: kv_memory_bytes alone would ask for millions."""
+
+
+def build_engine(config: WorkerConfig, memory_factory: KVMemoryFactory) -> HandoverEngine:
+    """Raises `ConfigError` (key "engine") with the extra to install when the engine's packages are missing."""
+    build = {"sim": _build_sim, "torch": _build_torch, "vllm": _build_vllm}[config.engine]
+    try:
+        return build(config, memory_factory)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"engine {config.engine!r} needs the package {error.name!r}, which is not installed: "
+            f"pip install 'pdserve[{config.engine}]'",
+            key="engine",
+        ) from error
+
+
+def core_config(config: WorkerConfig, num_blocks: int) -> CoreConfig:
+    """What the embedded engines' scheduler is told."""
+    return CoreConfig(
+        num_blocks=num_blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        chunk_tokens=config.chunk_tokens,
+        prefix_cache=config.prefix_cache,
+    )
+
+
+def _build_sim(config: WorkerConfig, memory_factory: KVMemoryFactory) -> HandoverEngine:
+    from pdserve.engine.sim import DEFAULT_MODEL, SimEngine, SimEngineConfig
+
+    model = replace(
+        DEFAULT_MODEL,
+        name=config.model_name or DEFAULT_MODEL.name,
+        vocab_size=config.sim.vocab_size,
+        max_model_len=config.max_model_len or config.sim.max_model_len,
+    )
+    sim = SimEngineConfig(
+        core=core_config(config, config.num_blocks or MAX_SIM_BLOCKS),
+        model=model,
+        block_tokens=config.block_tokens,
+        timing=config.sim.timing,
+        speedup=config.sim.speedup,
+    )
+    return SimEngine(sim, memory_factory)
+
+
+def _build_torch(config: WorkerConfig, memory_factory: KVMemoryFactory) -> HandoverEngine:
+    from pdserve.engine.torch.engine import build_engine as build
+
+    return build(config, memory_factory)
+
+
+def _build_vllm(config: WorkerConfig, memory_factory: KVMemoryFactory) -> HandoverEngine:
+    from pdserve.engine.vllm.engine import VllmEngine
+    from pdserve.engine.vllm.settings import settings_from_config
+
+    return VllmEngine(settings_from_config(config), memory_factory)

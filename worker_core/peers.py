@@ -1,0 +1,101 @@
+"""Connections to prefill workers: a gRPC channel for control and a transport peer for bytes, each made once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from kvstore.handover.verify import DigestPolicy, PoolDescriptor
+from kvstore.transports.base import Peer, Transport
+from pdserve.errors import HandoverError
+from pdserve.rpc import Channel, Tls
+from pdserve.types import KVTicket
+from pdserve.wire.handover import Bound
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One exporter's memory, ready to be read."""
+
+    transport: str
+    peer: Peer
+    memory: PoolDescriptor
+    policy: DigestPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class _SourceKey:
+    worker_id: str
+    incarnation: int
+    transport: str
+    memory: bytes
+
+
+class Peers:
+    """All exporters that this worker has met. Reads of one exporter share one peer."""
+
+    def __init__(
+        self, transports: Mapping[str, Transport], policies: Mapping[str, DigestPolicy], bulk: Executor, tls: Tls | None
+    ) -> None:
+        self._transports = transports
+        self._policies = policies
+        self._bulk = bulk
+        self._tls = tls
+        self._channels: dict[str, Channel] = {}
+        self._sources: dict[_SourceKey, asyncio.Future[Source]] = {}
+
+    def channel(self, address: str) -> Channel:
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = self._channels[address] = Channel(address, tls=self._tls)
+        return channel
+
+    async def connect(self, ticket: KVTicket, bound: Bound) -> Source:
+        """The exporter's memory, connected at the first call. Raises `PeerLost`, `HandoverError`."""
+        key = _SourceKey(ticket.worker_id, ticket.incarnation, bound.transport, bound.memory)
+        connecting = self._sources.get(key)
+        if connecting is None:
+            self._drop_older(key)
+            connecting = asyncio.ensure_future(self._connect(key))
+            self._sources[key] = connecting
+        try:
+            return await asyncio.shield(connecting)
+        except HandoverError:
+            self._sources.pop(key, None)
+            raise
+
+    async def _connect(self, key: _SourceKey) -> Source:
+        transport = self._transports.get(key.transport)
+        if transport is None:
+            raise HandoverError(f"the exporter chose the transport {key.transport!r}, which this worker has not")
+        memory = PoolDescriptor.decode(key.memory)
+        loop = asyncio.get_running_loop()
+        peer = await loop.run_in_executor(self._bulk, transport.connect, memory.region)
+        return Source(key.transport, peer, memory, self._policies.get(key.transport, DigestPolicy()))
+
+    def _drop_older(self, key: _SourceKey) -> None:
+        """An exporter that restarted is another one: whatever was learnt of the older is void."""
+        for known in [k for k in self._sources if k.worker_id == key.worker_id and k.incarnation != key.incarnation]:
+            _close(self._sources.pop(known))
+
+    def drop(self, ticket: KVTicket) -> None:
+        """The exporter is lost: connect anew next time."""
+        for known in [k for k in self._sources if k.incarnation == ticket.incarnation]:
+            if known.worker_id == ticket.worker_id:
+                _close(self._sources.pop(known))
+
+    async def close(self) -> None:
+        for connecting in self._sources.values():
+            _close(connecting)
+        self._sources.clear()
+        for channel in self._channels.values():
+            await channel.close()
+
+
+def _close(connecting: asyncio.Future[Source]) -> None:
+    if not connecting.done():
+        connecting.cancel()
+    elif not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().peer.close()

@@ -1,0 +1,265 @@
+"""One worker: an engine in its thread, the services that routers and peers call, and the way in and out of life.
+
+`Worker` runs inside any event loop and keeps no process-wide state, so a test or a simulation can run many in one
+process. Its role is a value: it says what the worker tells routers it wants to do; every phase is served either way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+
+from prometheus_client import CollectorRegistry
+
+from kvstore.handover.exporter import ExportLedger, ExportLimits
+from kvstore.handover.verify import PoolDescriptor
+from kvstore.transports.base import Transport
+from kvstore.transports.registry import make_transport
+from kvstore.transports.segment import host_id
+from kvstore.transports.shm import SharedMemoryPool
+from kvstore.transports.tcp import TcpOptions
+from pdserve.config import WorkerConfig
+from pdserve.engine.base import HandoverEngine, KVMemory, KVMemoryFactory
+from pdserve.errors import ConfigError, Draining, EngineFailed, PdserveError
+from pdserve.metrics import CONTENT_TYPE, WorkerMetrics, render
+from pdserve.rpc import RpcServer, ServerStream
+from pdserve.types import EngineLoad, Role, WorkerInfo
+from pdserve.wire.handover import BIND, RELEASE, RENEW
+from pdserve.wire.session import SESSION, RouterUpdate, WorkerHello, WorkerUpdate
+from worker_core.engine_thread import EngineThread, Round
+from worker_core.exporter import Exporter
+from worker_core.http_status import Answer, StatusServer
+from worker_core.identity import fingerprint
+from worker_core.jobs import JobTable
+from worker_core.puller import Puller
+from worker_core.session import Session
+
+STOP_GRACE_S = 2.0
+"""For the last messages to leave: streams end by themselves once they are written."""
+
+EngineBuilder = Callable[[WorkerConfig, KVMemoryFactory], HandoverEngine]
+
+log = logging.getLogger("pdserve.worker")
+
+
+def split_address(address: str, key: str) -> tuple[str, int]:
+    """Raises `ConfigError` unless it is host:port."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"{address!r} is not host:port", key=key)
+    return host, int(port)
+
+
+class Worker:
+    """Starts, serves, drains, stops. `info`, `address` and `http_port` are known after `start`."""
+
+    info: WorkerInfo
+    address: str
+    http_port: int
+
+    def __init__(self, config: WorkerConfig, role: Role, build_engine: EngineBuilder) -> None:
+        self._config = config
+        self._role = role
+        self._build_engine = build_engine
+        self.incarnation = time.time_ns()
+        self.registry = CollectorRegistry()
+        self._engine = EngineThread(self._build, on_round=self._on_round, on_failed=self._on_failed)
+        self._pool: SharedMemoryPool | None = None
+        self._transports: dict[str, Transport] = {}
+        self._session_numbers = count()
+        self._load = EngineLoad()
+        self._ready = asyncio.Event()
+        self._draining = False
+        self._state = "loading"
+        self.failed: asyncio.Future[PdserveError] = asyncio.get_running_loop().create_future()
+        """Done when the engine broke: the process should end."""
+
+    # ---- life ----
+
+    async def start(self) -> None:
+        """Load the model, register its memory, serve. Raises `ConfigError` and whatever the engine raises."""
+        host, port = split_address(self._config.http_listen, "http_listen")
+        self._status = StatusServer(
+            host, port, {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._render_metrics}
+        )
+        self.http_port = await self._status.start()
+        engine = await self._engine.start()
+        offers = self._open_transports(engine.memory)
+        port = await self._start_rpc()
+        self._assemble(engine, port, offers)
+        await self._server.set_serving(True)
+        self._state = "ready"
+        self._ready.set()
+
+    def _build(self) -> HandoverEngine:
+        """In the engine's thread."""
+        return self._build_engine(self._config, self._make_pool)
+
+    def _make_pool(self, num_blocks: int, block_bytes: int) -> KVMemory:
+        self._pool = SharedMemoryPool(num_blocks, block_bytes)
+        return self._pool
+
+    def _open_transports(self, memory: KVMemory) -> dict[str, bytes]:
+        """The descriptor of this worker's memory on each transport."""
+        pool = self._pool
+        if pool is None or memory is not pool:
+            raise ConfigError("the engine did not take its hand-over memory from the worker", key="engine")
+        host = self._config.transport_host or split_address(self._config.listen, "listen")[0]
+        options = TcpOptions(host=host, progress_timeout_s=self._config.transfer_timeout_s)
+        offers = {}
+        for name in self._config.transports:
+            transport = self._transports[name] = make_transport(name, tcp=options)
+            offers[name] = PoolDescriptor.of(pool, transport.register(pool.region)).encode()
+        return offers
+
+    async def _start_rpc(self) -> int:
+        self._server = RpcServer(
+            self._config.listen, tls=self._config.tls.rpc(), allow_plaintext=self._config.allow_plaintext
+        )
+        self._server.add(SESSION, self._serve_session)
+        self._server.add(BIND, lambda request: self._exporter.bind(request))
+        self._server.add(RENEW, lambda request: self._exporter.renew(request))
+        self._server.add(RELEASE, lambda request: self._exporter.release(request))
+        return await self._server.start()
+
+    def _assemble(self, engine: HandoverEngine, port: int, offers: dict[str, bytes]) -> None:
+        assert self._pool is not None
+        config = self._config
+        self.address = config.advertise or f"{split_address(config.listen, 'listen')[0]}:{port}"
+        self.info = self._describe(engine, len(engine.memory.generations))
+        self._metrics = WorkerMetrics(self.registry, engine.model.name)
+        self._jobs = JobTable(self._engine, engine.model.name, self._metrics)
+        ledger = ExportLedger(
+            self.info.worker_id,
+            self.incarnation,
+            self.info.fingerprint,
+            self.address,
+            clock=time.monotonic,
+            limits=ExportLimits(lease_s=config.ticket_lease_s),
+        )
+        self._exporter = Exporter(
+            ledger, self._engine, self._pool, self._jobs, self._metrics, offers=offers, host_id=self.info.host_id
+        )
+        self._puller = Puller(
+            config, self.info, self._engine, self._pool, self._jobs, self._metrics, transports=self._transports
+        )
+        self._jobs.exports = self._exporter
+        self._jobs.imports = self._puller
+
+    def _describe(self, engine: HandoverEngine, num_blocks: int) -> WorkerInfo:
+        return WorkerInfo(
+            worker_id=self._config.worker_id or f"{self._role.value}-{self.address}",
+            incarnation=self.incarnation,
+            role=self._role,
+            address=self.address,
+            model=engine.model,
+            fingerprint=fingerprint(engine.layout),
+            block_tokens=engine.layout.block_tokens,
+            num_blocks=num_blocks,
+            max_num_seqs=self._config.max_num_seqs,
+            transports=tuple(self._config.transports),
+            host_id=host_id(),
+            labels=tuple(sorted(self._config.labels.items())),
+        )
+
+    async def drain(self) -> None:
+        """Take nothing new, let what runs finish (exports wait for their pulls), at most `drain_timeout_s`; then
+        stop. Safe to call again."""
+        if self._draining:
+            return
+        self._draining = self._jobs.draining = True
+        self._state = "draining"
+        log.info("draining", extra={"requests": len(self._jobs)})
+        await self._server.set_serving(False)
+        for session in self._jobs.sessions:
+            session.set_draining()
+        try:
+            await asyncio.wait_for(self._jobs.wait_empty(), self._config.drain_timeout_s)
+        except TimeoutError:
+            log.warning("drain timed out", extra={"requests": len(self._jobs)})
+
+    async def stop(self) -> None:
+        """End at once: requests fail, streams end, memory is unlinked. Idempotent."""
+        if self._ready.is_set():
+            self._ready.clear()
+            self._jobs.fail_all(Draining("this worker has stopped; submit elsewhere"))
+            for session in self._jobs.sessions:
+                session.close()
+            await self._server.stop(STOP_GRACE_S)
+            await self._puller.stop()
+            self._exporter.close()
+            self._jobs.close()
+        await self._engine.stop()
+        for transport in self._transports.values():
+            transport.close()
+        if self._pool is not None:
+            self._pool.close()
+        await self._status.stop()
+
+    def set_role(self, role: Role) -> None:
+        """Take another role: routers hear of it on their streams."""
+        self._role = role
+        self.info = replace(self.info, role=role)
+        for session in self._jobs.sessions:
+            session.set_hello(WorkerHello(self.info))
+
+    # ---- services ----
+
+    async def _serve_session(self, stream: ServerStream[RouterUpdate, WorkerUpdate]) -> None:
+        await self._ready.wait()
+        session = Session(next(self._session_numbers), stream, self._jobs, self._config.session_buffer_steps)
+        self._jobs.add_session(session)
+        self._metrics.sessions.inc()
+        session.set_load(self._load)
+        if self._draining:
+            session.set_draining()
+        try:
+            await session.run(WorkerHello(self.info))
+        finally:
+            self._jobs.drop_session(session)
+            self._metrics.sessions.dec()
+            log.info("session ended", extra={"router_id": session.router_id})
+
+    def _healthz(self) -> Answer:
+        return Answer(503, b"the engine failed\n") if self.failed.done() else Answer(200, b"ok\n")
+
+    def _readyz(self) -> Answer:
+        return Answer(200 if self._state == "ready" else 503, f"{self._state}\n".encode())
+
+    def _render_metrics(self) -> Answer:
+        return Answer(200, render(self.registry), CONTENT_TYPE)
+
+    # ---- from the engine's thread, on the loop ----
+
+    def _on_round(self, round_: Round) -> None:
+        self._jobs.on_round(round_)
+        if round_.load is not None:
+            self._load = replace(round_.load, kv_bytes_pulled=self._puller.bytes_pulled)
+            for session in self._jobs.sessions:
+                session.set_load(self._load)
+            self._count_load(self._load)
+
+    def _count_load(self, load: EngineLoad) -> None:
+        metrics = self._metrics
+        metrics.num_requests_running.set(load.num_running)
+        metrics.num_requests_waiting.set(load.num_waiting)
+        metrics.kv_cache_usage.set(1.0 - load.num_free_blocks / max(1, load.num_total_blocks))
+        metrics.num_preemptions.set(load.num_preemptions)
+        metrics.prefix_cache_queries.set(load.prefix_cache_queries)
+        metrics.prefix_cache_hits.set(load.prefix_cache_hits)
+        metrics.num_exported_blocks.set(load.num_exported_blocks)
+
+    def _on_failed(self, error: EngineFailed) -> None:
+        """Tell every router, then let the process end."""
+        log.error("engine failed", exc_info=error)
+        self._state = "failed"
+        if self._ready.is_set():
+            self._jobs.fail_all(error)
+            for session in self._jobs.sessions:
+                session.close(error)
+        if not self.failed.done():
+            self.failed.set_result(error)
