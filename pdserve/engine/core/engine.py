@@ -296,8 +296,7 @@ class LocalEngine:
         incoming.commit(first_token, num_tokens)
         carrier = self._groups[handle].carrier
         carrier.num_computed_tokens = incoming.num_ready_tokens
-        if self._config.prefix_cache:
-            self._scheduler.publish(carrier)
+        self._scheduler.publish(carrier)
         self._scheduler.stuck = False
 
     def resume(self, handle: int, output_token_ids: Seq[Seq[int]], finished: Seq[bool]) -> None:

@@ -144,12 +144,12 @@ class Scheduler:
     # A step
 
     def schedule(self) -> Batch:
-        """The next batch. Hot path: 256 decodes cost about 0.3 ms."""
+        """The next batch."""
         self._step += 1
         num_preemptions = self.num_preemptions
         batch = Batch()
-        budget = self._schedule(self.decoding, batch, self._config.max_num_batched_tokens)
-        budget = self._schedule(self.prefilling, batch, budget)
+        self._schedule_decodes(batch)
+        budget = self._schedule_chunks(batch, self._config.max_num_batched_tokens - len(batch.items))
         self.grant()
         if num_preemptions == self.num_preemptions:
             self._admit(batch, budget)
@@ -159,13 +159,16 @@ class Scheduler:
     def advance(self, item: Work) -> None:
         """The item was computed: publish the blocks that it filled."""
         seq = item.seq
-        seq.num_computed_tokens = item.start + item.num_tokens
-        if self._config.prefix_cache:
+        seq.num_computed_tokens = num_computed = item.start + item.num_tokens
+        if num_computed // self._block_tokens > seq.num_published:
             self.publish(seq)
         if not seq.decoding and not seq.num_uncomputed_tokens:
             self._promote(seq)
 
     def publish(self, seq: Choice) -> None:
+        """Make its full blocks findable."""
+        if not self._config.prefix_cache:
+            return
         for index in range(seq.num_published, seq.num_computed_tokens // self._block_tokens):
             self._pool.publish(seq.block_table[index], seq.key(index, self._block_tokens))
             seq.num_published = index + 1
@@ -176,8 +179,20 @@ class Scheduler:
             return ()
         return (seq.key(index, self._block_tokens) for index in range(num_tokens // self._block_tokens))
 
-    def _schedule(self, seqs: list[Choice], batch: Batch, budget: int) -> int:
-        for seq in tuple(seqs):
+    def _schedule_decodes(self, batch: Batch) -> None:
+        """One token each. Hot path, so the usual case is written out: the token goes into a block of its own."""
+        for seq in tuple(self.decoding):
+            table, start = seq.block_table, seq.num_computed_tokens
+            if not table:
+                continue  # preempted by an older one in this very loop
+            index = start // self._block_tokens
+            roomy = index < len(table) and not self._pool.is_shared(table[index])
+            if roomy or self._make_room(seq, batch):
+                batch.items.append(Work(seq, start, 1, (seq,)))
+                seq.step = self._step
+
+    def _schedule_chunks(self, batch: Batch, budget: int) -> int:
+        for seq in tuple(self.prefilling):
             if not budget:
                 break
             if seq.block_table and self._make_room(seq, batch):
@@ -311,6 +326,7 @@ class Scheduler:
         seq.block_table = []
         seq.num_computed_tokens = 0
         seq.num_published = 0
+        seq.decoding = False
 
     def _need_of_older_waiting(self, reservation: Reservation) -> int:
         """Blocks to leave for the first waiting sequence, if it came before."""
