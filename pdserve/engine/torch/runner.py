@@ -49,7 +49,7 @@ class TorchRunner:
         *,
         deterministic: bool = False,
     ) -> None:
-        self._decoder = decoder
+        self.decoder = decoder
         self._model = model
         self._device = decoder.weights.embedding.device
         self._kv_shape = KVShape.of(decoder.shape, block_tokens, DTYPES[dtype])
@@ -141,7 +141,7 @@ class TorchRunner:
         self, batch: Seq[Scheduled], plan: Plan, logits_of: Callable[[list[Tensor], Seq[int]], Tensor]
     ) -> list[list[Sampled]]:
         """Tokens of each item's choices."""
-        hidden = self._decoder.forward(plan.tiles, self.kv)
+        hidden = self.decoder.forward(plan.tiles, self.kv)
         ending = [i for i, item in enumerate(batch) if item.choices]
         if not ending:
             return [[] for _ in batch]
@@ -152,13 +152,13 @@ class TorchRunner:
 
     def _fast_logits(self, hidden: list[Tensor], last_rows: Seq[int]) -> Tensor:
         index = torch.tensor(last_rows, dtype=torch.int64).to(self._device)
-        return self._decoder.logits(hidden[0].index_select(0, index))
+        return self.decoder.logits(hidden[0].index_select(0, index))
 
     def _tiled_logits(self, hidden: list[Tensor], last_rows: Seq[int]) -> Tensor:
         """Rows padded to whole tiles, so that the last product has its fixed shape too."""
         wanted = [hidden[row // ROW_TILE][row % ROW_TILE] for row in last_rows]
         wanted += [wanted[-1]] * (-len(wanted) % ROW_TILE)
-        tiles = [self._decoder.logits(tile) for tile in torch.stack(wanted).split(ROW_TILE)]
+        tiles = [self.decoder.logits(tile) for tile in torch.stack(wanted).split(ROW_TILE)]
         return torch.cat(tiles)[: len(last_rows)]
 
     # --- sampling ---
