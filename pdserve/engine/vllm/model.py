@@ -1,0 +1,94 @@
+"""From settings to vLLM's config: what the model's KV looks like, and how our parts are plugged in."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+
+from pdserve.engine.vllm.convert import model_folder
+from pdserve.engine.vllm.settings import VllmSettings
+from pdserve.errors import ConfigError
+from pdserve.models import ResolvedModel, resolve
+from pdserve.types import KVLayout, ModelInfo
+
+_DTYPES = {"torch.float32": ("fp32", 4), "torch.bfloat16": ("bf16", 2), "torch.float16": ("fp16", 2)}
+_VLLM_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """A model about to be served: vLLM's arguments and the layout of its hand-over blocks."""
+
+    args: AsyncEngineArgs
+    layout: KVLayout
+    model: ModelInfo
+    """Without EOS tokens: those come from the tokenizer that vLLM loads."""
+    tp_size: int
+
+    @property
+    def block_shape(self) -> tuple[int, int, int, int, int]:
+        """[layer, K/V, kv_head of all ranks, token, head_dim]."""
+        layout = self.layout
+        return (layout.num_layers, 2, layout.num_kv_heads, layout.block_tokens, layout.head_dim)
+
+
+def plan_model(settings: VllmSettings) -> ModelPlan:
+    """Read the model's config, no weights. Raises `ConfigError` naming the key of what vLLM won't take."""
+    resolved = resolve(settings.model)
+    args = _engine_args(settings, resolved)
+    try:
+        model = args.create_model_config()
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"vLLM cannot take model {settings.model!r}: {error}", key="model") from error
+    name = str(model.dtype)
+    if name not in _DTYPES:
+        raise ConfigError(f"KV of {name} cannot be handed over; use bf16 or fp32", key="dtype")
+    dtype, item_bytes = _DTYPES[name]
+    heads, tp_size = model.get_total_num_kv_heads(), args.tensor_parallel_size
+    if heads % tp_size:
+        raise ConfigError(f"{heads} KV heads do not divide among {tp_size} ranks", key="vllm.tensor_parallel_size")
+    layers, dim = model.get_total_num_hidden_layers(), model.get_head_size()
+    layout = KVLayout(
+        model_revision=resolved.revision,
+        dtype=dtype,
+        block_tokens=settings.block_tokens,
+        num_layers=layers,
+        num_kv_heads=heads,
+        head_dim=dim,
+        block_bytes=layers * 2 * heads * settings.block_tokens * dim * item_bytes,
+    )
+    info = ModelInfo(
+        name=settings.name or resolved.name,
+        revision=resolved.revision,
+        tokenizer_id=resolved.tokenizer_id,
+        max_model_len=model.max_model_len,
+        vocab_size=model.get_vocab_size(),
+        eos_token_ids=(),
+    )
+    return ModelPlan(args, layout, info, tp_size)
+
+
+def finish_config(plan: ModelPlan, settings: VllmSettings, connector: dict[str, Any]) -> VllmConfig:
+    """vLLM's config with our connector (told `connector`) and our logits processor in it."""
+    plan.args.kv_transfer_config = KVTransferConfig(
+        kv_connector="PdserveConnector",
+        kv_connector_module_path="kvstore.vllm_connector",
+        kv_role="kv_both",
+        kv_load_failure_policy=settings.load_failure,
+        kv_connector_extra_config=connector,
+    )
+    return plan.args.create_engine_config()
+
+
+def _engine_args(settings: VllmSettings, resolved: ResolvedModel) -> AsyncEngineArgs:
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    for key in settings.engine_args:
+        if key not in known:
+            raise ConfigError(f"vLLM has no engine argument {key}", key=f"vllm.{key}")
+    dtype = {"dtype": _VLLM_DTYPES[settings.dtype]} if settings.dtype else {}
+    ours = {"model": str(model_folder(resolved)), "logits_processors": ["pdserve.engine.vllm.forced:ForcedOutputs"]}
+    return AsyncEngineArgs(**{**dtype, **settings.engine_args, **ours})

@@ -1,0 +1,94 @@
+"""vLLM's outputs as ours: deltas without the forced tokens, logprobs, and what an end means.
+
+vLLM ends a prefill because it was asked for one token only; whether that token ends the choice is decided here, by
+the same rules as in the other engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pdserve.engine.vllm.board import Ending
+from pdserve.engine.vllm.requests import Choice, Live
+from pdserve.errors import DigestMismatch, EngineFailed, InvalidRequest, PdserveError, StaleBlock
+from pdserve.types import Finish, FinishReason, Logprobs, ModelInfo, Phase, StepOutput
+
+
+def end_of(live: Live, outputs: Sequence[int], model: ModelInfo) -> tuple[FinishReason, int | None] | None:
+    """Whether the last of all outputs ended a choice: (reason, the stop token if one did). vLLM's order of rules."""
+    if not outputs:
+        return None
+    params, last = live.request.params, outputs[-1]
+    if len(outputs) >= params.min_tokens and (
+        (last in model.eos_token_ids and not params.ignore_eos) or last in params.stop_token_ids
+    ):
+        return FinishReason.STOP, last
+    return _length_end(live, len(outputs), model)
+
+
+def _length_end(live: Live, num_outputs: int, model: ModelInfo) -> tuple[FinishReason, None] | None:
+    num_tokens = len(live.request.prompt_token_ids) + num_outputs
+    if num_outputs == live.request.params.max_tokens or num_tokens >= model.max_model_len:
+        return FinishReason.LENGTH, None
+    return None
+
+
+def read_tokens(live: Live, choice: Choice, completion: Any, output: StepOutput) -> None:
+    """Add the tokens of one of vLLM's deltas, but for those that were forced: the client has them."""
+    for position, token_id in enumerate(completion.token_ids):
+        if choice.num_seen >= len(choice.forced):
+            index = live.num_folded + choice.num_seen
+            output.add(choice.handle, index, token_id)
+            if completion.logprobs:
+                output.logprobs.append(_logprobs(live, choice, index, token_id, completion.logprobs[position]))
+        choice.num_seen += 1
+
+
+def _logprobs(live: Live, choice: Choice, index: int, token_id: int, found: dict[int, Any]) -> Logprobs:
+    """`found` has the sampled token and the most likely ones, each with its rank."""
+    own, most = found[token_id], live.request.params.logprobs or 0
+    top = sorted((entry.rank, token, entry.logprob) for token, entry in found.items() if entry.rank <= most)[:most]
+    return Logprobs(
+        handle=choice.handle,
+        index=index,
+        logprob=own.logprob,
+        rank=own.rank,
+        top_ids=tuple(token for _, token, _ in top),
+        top_logprobs=tuple(logprob for _, _, logprob in top),
+    )
+
+
+def finish_of(live: Live, choice: Choice, completion: Any, model: ModelInfo, ending: Ending) -> Finish | None:
+    """What to tell of a choice that vLLM ended; None when only its prefill ended. `ending` is its transfer's."""
+    num_outputs = live.num_folded + choice.num_seen
+    reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    if completion.finish_reason in ("stop", "repetition"):
+        reason = FinishReason.STOP
+        stop_token_id = completion.token_ids[-1] if completion.finish_reason == "stop" else None
+    elif completion.finish_reason == "length":
+        ended = _length_end(live, num_outputs, model)
+        reason = FinishReason.LENGTH if ended or live.phase is not Phase.PREFILL else None
+    else:
+        return failed(choice, num_outputs, _load_error(ending))
+    return None if reason is None else Finish(choice.handle, reason, num_outputs, stop_token_id)
+
+
+def failed(choice: Choice, num_outputs: int, error: PdserveError) -> Finish:
+    return Finish(choice.handle, FinishReason.ERROR, num_outputs, error=error)
+
+
+def refusal(error: BaseException) -> PdserveError:
+    """vLLM's refusal of a request as ours: its validation errors are `ValueError`s."""
+    if isinstance(error, ValueError):
+        return InvalidRequest(str(error))
+    return EngineFailed(f"vLLM failed on this request: {error}")
+
+
+def _load_error(ending: Ending) -> PdserveError:
+    if ending is Ending.STALE:
+        return StaleBlock("a staging block was reused before vLLM had loaded it")
+    if ending is Ending.CORRUPT:
+        return DigestMismatch("a staging block is not what was imported; vLLM did not load it")
+    return EngineFailed("vLLM ended the request with an internal error")
