@@ -72,7 +72,7 @@ async def _serve(config: WorkerConfig, role: Role) -> int:
     try:
         await _first(starting, stopping)
         if not starting.done():
-            return EXIT_FAILED  # told to go before it was there
+            os._exit(EXIT_FAILED)  # loading a model can't be interrupted, and there is nothing to drain yet
         starting.result()
         _announce(worker)
         await _first(stopping, worker.failed)

@@ -100,8 +100,8 @@ class Puller:
             info.fingerprint, info.block_tokens, pool.block_bytes, clock=time.monotonic, limits=limits
         )
         self._open: dict[int, Job] = {}
-        self._sources: dict[bytes, Source] = {}
-        """By ticket nonce, from bind to the end."""
+        self._sources: dict[int, dict[bytes, Source]] = {}
+        """By handle and ticket nonce, from bind until the ledger forgets the request."""
         self._running: dict[int, _Running] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticking: asyncio.TimerHandle | None = None
@@ -142,9 +142,7 @@ class Puller:
 
     def _run(self, actions: Iterable[ImportAction]) -> None:
         actions = list(actions)
-        ended = {action.ticket.nonce for action in actions if isinstance(action, ReleaseRemote)} & {
-            a.ticket.nonce for a in actions if isinstance(a, ReleaseRemote) and a.chunk_indexes is None
-        }
+        ended = {a.ticket.nonce for a in actions if isinstance(a, ReleaseRemote) and a.chunk_indexes is None}
         for action in actions:
             match action:
                 case Reserve():
@@ -167,6 +165,7 @@ class Puller:
                 case Failed(handle, error):
                     self._failed(handle, error)
                 case FreeLocal(handle):
+                    self._sources.pop(handle, None)
                     self._engine.post(partial(_cancel, handle))
 
     def _command(self, handle: int, command: partial[None]) -> None:
@@ -213,11 +212,11 @@ class Puller:
             self._run(self._ledger.bind_failed(action.handle, ticket.nonce, as_handover(error)))
             return
         if action.handle in self._ledger:
-            self._sources[ticket.nonce] = source
+            self._sources.setdefault(action.handle, {})[ticket.nonce] = source
             self._run(self._ledger.bound(action.handle, ticket.nonce))
 
     def _pull(self, action: Pull) -> None:
-        running = _Running(action, self._sources[action.ticket.nonce])
+        running = _Running(action, self._sources[action.handle][action.ticket.nonce])
         self._running[action.pull_id] = running
         pulling = asyncio.get_running_loop().run_in_executor(
             self._bulk,
@@ -260,6 +259,7 @@ class Puller:
             running.stop.set()
 
     def _resume(self, action: Resume) -> None:
+        self._sources.pop(action.handle, None)
         job = self._open.pop(action.handle)
         job.resumed = job.work_done = True
         command = partial(_resume, action.handle, action.output_token_ids, action.finished)
@@ -279,8 +279,6 @@ class Puller:
 
     async def _release(self, ticket: KVTicket, chunk_indexes: tuple[int, ...] | None) -> None:
         """Best effort: the ticket's lease is the backstop."""
-        if chunk_indexes is None:
-            self._sources.pop(ticket.nonce, None)
         request = wire.Release(ticket.nonce, chunk_indexes or (), all=chunk_indexes is None)
         try:
             channel = self._peers.channel(ticket.address)

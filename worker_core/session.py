@@ -135,7 +135,6 @@ class Session:
             self._dirty.clear()
             while (update := self._next_update()) is not None:
                 await self._stream.write(update)
-            self._steps_behind = 0
             if self._error is not None:
                 raise self._error
             if self._closing:
@@ -157,6 +156,8 @@ class Session:
         if self._unsent:
             unsent = self._unsent.popleft()
             self._unsent_bytes -= unsent.nbytes
+            if not self._unsent:
+                self._steps_behind = 0
             update.step = step_columns(unsent.output, unsent.announcements)
         return update
 
@@ -173,6 +174,8 @@ class Session:
 
     def end_step(self) -> None:
         """Everything of one engine step was added."""
+        if not self._unsent:
+            return
         self._steps_behind += 1
         if self._steps_behind > self._max_steps_behind:
             self._cut_off()

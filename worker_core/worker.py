@@ -16,15 +16,10 @@ from itertools import count
 from prometheus_client import CollectorRegistry
 
 from kvstore.handover.exporter import ExportLedger, ExportLimits
-from kvstore.handover.verify import PoolDescriptor
-from kvstore.transports.base import Transport
-from kvstore.transports.registry import make_transport
 from kvstore.transports.segment import host_id
-from kvstore.transports.shm import SharedMemoryPool
-from kvstore.transports.tcp import TcpOptions
 from pdserve.config import WorkerConfig
-from pdserve.engine.base import HandoverEngine, KVMemory, KVMemoryFactory
-from pdserve.errors import ConfigError, Draining, EngineFailed, PdserveError
+from pdserve.engine.base import HandoverEngine, KVMemoryFactory
+from pdserve.errors import Draining, EngineFailed, PdserveError
 from pdserve.metrics import CONTENT_TYPE, WorkerMetrics, render
 from pdserve.rpc import RpcServer, ServerStream
 from pdserve.types import EngineLoad, Role, WorkerInfo
@@ -35,6 +30,7 @@ from worker_core.exporter import Exporter
 from worker_core.http_status import Answer, StatusServer
 from worker_core.identity import fingerprint
 from worker_core.jobs import JobTable
+from worker_core.memory_port import MemoryPort, advertised_host, split_address
 from worker_core.puller import Puller
 from worker_core.session import Session
 
@@ -44,14 +40,6 @@ STOP_GRACE_S = 2.0
 EngineBuilder = Callable[[WorkerConfig, KVMemoryFactory], HandoverEngine]
 
 log = logging.getLogger("pdserve.worker")
-
-
-def split_address(address: str, key: str) -> tuple[str, int]:
-    """Raises `ConfigError` unless it is host:port."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"{address!r} is not host:port", key=key)
-    return host, int(port)
 
 
 class Worker:
@@ -67,9 +55,10 @@ class Worker:
         self._build_engine = build_engine
         self.incarnation = time.time_ns()
         self.registry = CollectorRegistry()
+        self.port = MemoryPort(config)
         self._engine = EngineThread(self._build, on_round=self._on_round, on_failed=self._on_failed)
-        self._pool: SharedMemoryPool | None = None
-        self._transports: dict[str, Transport] = {}
+        paths = {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._render_metrics}
+        self._status = StatusServer(*split_address(config.http_listen, "http_listen"), paths)
         self._session_numbers = count()
         self._load = EngineLoad()
         self._ready = asyncio.Event()
@@ -82,39 +71,17 @@ class Worker:
 
     async def start(self) -> None:
         """Load the model, register its memory, serve. Raises `ConfigError` and whatever the engine raises."""
-        host, port = split_address(self._config.http_listen, "http_listen")
-        self._status = StatusServer(
-            host, port, {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._render_metrics}
-        )
         self.http_port = await self._status.start()
         engine = await self._engine.start()
-        offers = self._open_transports(engine.memory)
-        port = await self._start_rpc()
-        self._assemble(engine, port, offers)
+        self.port.open()
+        self._assemble(engine, await self._start_rpc())
         await self._server.set_serving(True)
         self._state = "ready"
         self._ready.set()
 
     def _build(self) -> HandoverEngine:
         """In the engine's thread."""
-        return self._build_engine(self._config, self._make_pool)
-
-    def _make_pool(self, num_blocks: int, block_bytes: int) -> KVMemory:
-        self._pool = SharedMemoryPool(num_blocks, block_bytes)
-        return self._pool
-
-    def _open_transports(self, memory: KVMemory) -> dict[str, bytes]:
-        """The descriptor of this worker's memory on each transport."""
-        pool = self._pool
-        if pool is None or memory is not pool:
-            raise ConfigError("the engine did not take its hand-over memory from the worker", key="engine")
-        host = self._config.transport_host or split_address(self._config.listen, "listen")[0]
-        options = TcpOptions(host=host, progress_timeout_s=self._config.transfer_timeout_s)
-        offers = {}
-        for name in self._config.transports:
-            transport = self._transports[name] = make_transport(name, tcp=options)
-            offers[name] = PoolDescriptor.of(pool, transport.register(pool.region)).encode()
-        return offers
+        return self._build_engine(self._config, self.port.make_pool)
 
     async def _start_rpc(self) -> int:
         self._server = RpcServer(
@@ -126,10 +93,9 @@ class Worker:
         self._server.add(RELEASE, lambda request: self._exporter.release(request))
         return await self._server.start()
 
-    def _assemble(self, engine: HandoverEngine, port: int, offers: dict[str, bytes]) -> None:
-        assert self._pool is not None
-        config = self._config
-        self.address = config.advertise or f"{split_address(config.listen, 'listen')[0]}:{port}"
+    def _assemble(self, engine: HandoverEngine, port: int) -> None:
+        config, pool = self._config, self.port.pool
+        self.address = config.advertise or f"{advertised_host(config)}:{port}"
         self.info = self._describe(engine, len(engine.memory.generations))
         self._metrics = WorkerMetrics(self.registry, self.info.model.name)
         self._jobs = JobTable(self._engine, self.info.model.name, self._metrics)
@@ -142,10 +108,10 @@ class Worker:
             limits=ExportLimits(lease_s=config.ticket_lease_s),
         )
         self._exporter = Exporter(
-            ledger, self._engine, self._pool, self._jobs, self._metrics, offers=offers, host_id=self.info.host_id
+            ledger, self._engine, pool, self._jobs, self._metrics, offers=self.port.offers, host_id=self.info.host_id
         )
         self._puller = Puller(
-            config, self.info, self._engine, self._pool, self._jobs, self._metrics, transports=self._transports
+            config, self.info, self._engine, pool, self._jobs, self._metrics, transports=self.port.transports
         )
         self._jobs.exports = self._exporter
         self._jobs.imports = self._puller
@@ -194,10 +160,7 @@ class Worker:
             self._exporter.close()
             self._jobs.close()
         await self._engine.stop()
-        for transport in self._transports.values():
-            transport.close()
-        if self._pool is not None:
-            self._pool.close()
+        self.port.close()
         await self._status.stop()
 
     def set_role(self, role: Role) -> None:

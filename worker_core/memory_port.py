@@ -1,0 +1,102 @@
+"""A worker's hand-over memory, and the transports by which peers reach it and it reaches theirs."""
+
+from __future__ import annotations
+
+import ssl
+
+from kvstore.handover.verify import PoolDescriptor
+from kvstore.transports.base import Transport
+from kvstore.transports.registry import make_transport
+from kvstore.transports.shm import SharedMemoryPool
+from kvstore.transports.tcp import TcpOptions
+from pdserve.config import WorkerConfig
+from pdserve.engine.base import KVMemory
+from pdserve.errors import ConfigError
+from pdserve.rpc import Tls
+
+
+def split_address(address: str, key: str) -> tuple[str, int]:
+    """Raises `ConfigError` unless it is host:port."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"{address!r} is not host:port", key=key)
+    return host, int(port)
+
+
+def advertised_host(config: WorkerConfig) -> str:
+    """What peers dial. Raises `ConfigError` when the worker listens everywhere and nobody said where that is."""
+    host = split_address(config.advertise or config.listen, "advertise" if config.advertise else "listen")[0]
+    if host in ("0.0.0.0", "[::]", "::"):
+        raise ConfigError(f"listening on {host} needs `advertise`: the host:port that peers dial", key="advertise")
+    return host
+
+
+class MemoryPort:
+    """`make_pool` is the engine's memory factory (called in its thread); `open` follows once the engine is there."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self._pool: SharedMemoryPool | None = None
+        self.transports: dict[str, Transport] = {}
+        self.offers: dict[str, bytes] = {}
+        """Descriptor of this worker's memory on each transport."""
+
+    def make_pool(self, num_blocks: int, block_bytes: int) -> KVMemory:
+        self._pool = SharedMemoryPool(num_blocks, block_bytes)
+        return self._pool
+
+    @property
+    def pool(self) -> SharedMemoryPool:
+        """Raises `ConfigError` when the engine has not called `make_pool`."""
+        if self._pool is None:
+            raise ConfigError("the engine did not take its hand-over memory from the worker", key="engine")
+        return self._pool
+
+    def open(self) -> None:
+        """Register the pool with every configured transport. Raises `ConfigError`."""
+        options = self._tcp_options()
+        for name in self._config.transports:
+            try:
+                transport = make_transport(name, tcp=options)
+            except OSError as error:
+                raise ConfigError(
+                    f"tcp cannot listen on {options.host}: {error.strerror}", key="transport_host"
+                ) from error
+            self.transports[name] = transport
+            self.offers[name] = PoolDescriptor.of(self.pool, transport.register(self.pool.region)).encode()
+
+    def _tcp_options(self) -> TcpOptions:
+        config = self._config
+        tls = config.tls.rpc()
+        return TcpOptions(
+            host=config.transport_host or split_address(config.listen, "listen")[0],
+            advertise_host=advertised_host(config),
+            progress_timeout_s=config.transfer_timeout_s,
+            connect_timeout_s=config.bind_timeout_s,
+            server_tls=_tls_context(tls, server=True),
+            client_tls=_tls_context(tls, server=False),
+        )
+
+    def close(self) -> None:
+        """Withdraw the memory, close every transport. Idempotent."""
+        for transport in self.transports.values():
+            transport.close()
+        if self._pool is not None:
+            self._pool.close()
+
+
+def _tls_context(tls: Tls | None, *, server: bool) -> ssl.SSLContext | None:
+    """The control path's certificates for the bulk path: both sides prove themselves. Host names are not checked:
+    the ticket's descriptor, which came over the control path, says where to connect."""
+    if tls is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_cert_chain(tls.cert_file, tls.key_file)
+        context.load_verify_locations(tls.ca_file)
+    except OSError as error:
+        raise ConfigError(f"tls files cannot be read: {error}", key="tls") from error
+    return context
