@@ -26,12 +26,10 @@ FIRST_BACKOFF_S = 0.05
 
 log = logging.getLogger(__name__)
 
-LinkHook = Callable[[Link, bool], None]
-"""Told (link, True) when a worker has come, (link, False) when it is gone."""
-
 
 class Fleet:
-    """Keeps the sessions. `on_change` is called whenever a worker has come, gone or begun to drain."""
+    """Keeps the sessions. `on_change` is called whenever a worker has come, gone, begun to drain or changed its role;
+    `on_lost` when one has gone without having told so."""
 
     def __init__(
         self,
@@ -40,13 +38,15 @@ class Fleet:
         *,
         tls: Tls | None,
         max_backoff_s: float,
-        on_change: LinkHook = lambda link, connected: None,
+        on_change: Callable[[], None] = lambda: None,
+        on_lost: Callable[[Link], None] = lambda link: None,
     ) -> None:
         self._discovery = discovery
         self._hello = hello
         self._tls = tls
         self._max_backoff_s = max_backoff_s
         self._on_change = on_change
+        self._on_lost = on_lost
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._watcher: asyncio.Task[None] | None = None
         self.links: list[Link] = []
@@ -120,7 +120,7 @@ class Fleet:
             stream.cancel()
             raise
         self.links.append(link)
-        self._on_change(link, True)
+        self._on_change()
         log.info("worker %s (%s) at %s is connected", link.info.worker_id, link.info.role.value, channel.address)
         try:
             await link.run()
@@ -128,7 +128,9 @@ class Fleet:
             log.warning("worker %s at %s is lost: %s", link.info.worker_id, channel.address, error)
         finally:
             self.links.remove(link)
-            self._on_change(link, False)
+            if not link.draining:
+                self._on_lost(link)
+            self._on_change()
 
     async def _greet(self, stream: SessionStream, address: str) -> Link:
         try:
@@ -139,7 +141,7 @@ class Fleet:
         if update is None or update.hello is None:
             raise ProtocolMismatch(f"the worker at {address} did not begin with a hello")
         common_version(update.hello.protocol_min, update.hello.protocol_max)
-        link = Link(update.hello.worker, stream, self._hello)
+        link = Link(update.hello.worker, stream, self._hello, self._on_change)
         if update.draining:
             link.draining = True
         return link

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 from prometheus_client import Counter
@@ -75,12 +76,13 @@ class Observer:
         return self._metrics.requests.labels(self._model, str(status), outcome)
 
 
-def count_worker(metrics: RouterMetrics, link: Link, connected: bool) -> None:
-    """A worker has come or gone."""
-    role = link.info.role.value
-    metrics.workers.labels(role, "connected").inc(1 if connected else -1)
-    if not connected and not link.draining:
-        metrics.worker_lost.labels(role).inc()
+def count_workers(metrics: RouterMetrics, links: Sequence[Link]) -> None:
+    """Connected workers by role and state, anew."""
+    for role in Role:
+        of_role = [link for link in links if link.info.role is role]
+        draining = sum(link.draining for link in of_role)
+        metrics.workers.labels(role.value, "draining").set(draining)
+        metrics.workers.labels(role.value, "ready").set(len(of_role) - draining)
 
 
 _LEGS = ("tokenise", "prefill", "transfer", "decode")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pdserve.errors import EngineFailed, PdserveError, WorkerLost
@@ -101,7 +101,9 @@ class _Leg:
 class Link:
     """A connected worker: a `Candidate` for the scheduler, and the door to it."""
 
-    def __init__(self, info: WorkerInfo, stream: SessionStream, hello: RouterHello) -> None:
+    def __init__(
+        self, info: WorkerInfo, stream: SessionStream, hello: RouterHello, on_change: Callable[[], None] = lambda: None
+    ) -> None:
         self.info = info
         self.draining = False
         self.lost: WorkerLost | None = None
@@ -109,6 +111,7 @@ class Link:
         self.foreign = Outstanding()
         self.load = EngineLoad()
         self._stream = stream
+        self._on_change = on_change
         self._handles = HandleSpace()
         self._lanes: dict[int, Lane] = {}
         self._legs: dict[int, _Leg] = {}
@@ -214,14 +217,16 @@ class Link:
             self._on_load(update.load)
         if update.hello is not None:
             self._on_hello(update.hello.worker)
-        if update.draining:
+        if update.draining and not self.draining:
             self.draining = True
+            self._on_change()
 
     def _on_hello(self, info: WorkerInfo) -> None:
         """A worker introduces itself again when its role has changed. Raises `WorkerLost` if it is another one."""
         if info.incarnation != self.info.incarnation:
             raise WorkerLost(f"worker {self.info.worker_id} was restarted")
         self.info = info
+        self._on_change()
 
     def _on_step(self, step: StepColumns) -> None:
         if step.counts or step.logprobs or step.finishes:
