@@ -170,6 +170,11 @@ class Worker:
         for session in self._jobs.sessions:
             session.set_hello(WorkerHello(self.info))
 
+    @property
+    def kv_bytes_pulled(self) -> int:
+        """KV that hand-over has brought here since start."""
+        return self._puller.bytes_pulled
+
     # ---- services ----
 
     async def _serve_session(self, stream: ServerStream[RouterUpdate, WorkerUpdate]) -> None:
@@ -201,7 +206,7 @@ class Worker:
     def _on_round(self, round_: Round) -> None:
         self._jobs.on_round(round_)
         if round_.load is not None:
-            self._load = replace(round_.load, kv_bytes_pulled=self._puller.bytes_pulled)
+            self._load = replace(round_.load, kv_bytes_pulled=self.kv_bytes_pulled)
             for session in self._jobs.sessions:
                 session.set_load(self._load)
             self._count_load(self._load)

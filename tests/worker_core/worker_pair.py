@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 from session_client import PairRequest, RouterSession
 
+from kvstore.transports.base import Peer, Range, Region, Transport
 from pdserve.config import WorkerConfig, load
 from pdserve.engine.base import HandoverEngine, KVMemoryFactory
 from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.sim import DEFAULT_MODEL, SimEngine, SimEngineConfig, expected_tokens
+from pdserve.engine.timing import StepWork
 from pdserve.types import Request, Role, SamplingParams
 from worker_core.worker import EngineBuilder, Worker
 
@@ -39,6 +44,76 @@ def sim_builder(sim: SimEngineConfig = SIM, **engine_options: object) -> EngineB
         return SimEngine(sim, memory_factory, **engine_options)
 
     return build
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A timing model: every step takes as long."""
+
+    ms: float
+
+    def step_ms(self, work: StepWork) -> float:
+        return self.ms
+
+
+class GatedPeer:
+    """A real peer whose reads of blocks wait for the gate: tests decide what happens in the middle of a pull."""
+
+    def __init__(self, peer: Peer, gate: Gate) -> None:
+        self._peer, self._gate = peer, gate
+
+    def read(self, ranges: Sequence[Range], into: np.ndarray) -> None:
+        if into.nbytes == self._gate.pool_bytes:  # not the table of generations
+            self._gate.pass_through()
+        self._peer.read(ranges, into)
+        self._gate.num_reads += 1
+
+    def write(self, ranges: Sequence[Range], source: np.ndarray) -> None:
+        self._peer.write(ranges, source)
+
+    def close(self) -> None:
+        self._peer.close()
+
+
+class Gate:
+    """Put before a decode worker's transports with `install`."""
+
+    def __init__(self) -> None:
+        self.arrived = threading.Event()
+        self.open = threading.Event()
+        self.num_reads = 0
+        self.pool_bytes = 0
+
+    def pass_through(self) -> None:
+        self.arrived.set()
+        assert self.open.wait(20), "the gate was never opened"
+
+    def install(self, worker: Worker) -> Gate:
+        self.pool_bytes = worker.port.pool.region.nbytes
+        for name, transport in list(worker.port.transports.items()):
+            worker.port.transports[name] = GatedTransport(transport, self)
+        return self
+
+    async def reached(self) -> None:
+        assert await asyncio.to_thread(self.arrived.wait, 20), "no pull came"
+
+
+class GatedTransport:
+    def __init__(self, transport: Transport, gate: Gate) -> None:
+        self._transport, self._gate = transport, gate
+        self.name = transport.name
+
+    def connect(self, descriptor: bytes) -> GatedPeer:
+        return GatedPeer(self._transport.connect(descriptor), self._gate)
+
+    def register(self, memory: np.ndarray) -> Region:
+        return self._transport.register(memory)
+
+    def deregister(self, region: Region) -> None:
+        self._transport.deregister(region)
+
+    def close(self) -> None:
+        self._transport.close()
 
 
 @asynccontextmanager
