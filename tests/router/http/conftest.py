@@ -7,8 +7,10 @@ gives nothing, "flood" gives 4,000-character tokens until it is cancelled; anyth
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import openai
 import pytest
@@ -55,6 +57,14 @@ class TwinCore:
     def __init__(self) -> None:
         self.handles: list[TwinHandle] = []
         self.not_ready: str | None = None
+        self._arrival = asyncio.Event()
+
+    async def handle(self, number: int = 0) -> TwinHandle:
+        """The handle of the request with this number, once it is there."""
+        while len(self.handles) <= number:
+            self._arrival.clear()
+            await self._arrival.wait()
+        return self.handles[number]
 
     def submit(self, incoming: Incoming, sink: Sink) -> TwinHandle:
         if incoming.model != MODEL.name:
@@ -66,6 +76,7 @@ class TwinCore:
         handle = TwinHandle(incoming.request_id, token_ids, incoming, sink)
         handle.script = self._script(prompt, handle)
         self.handles.append(handle)
+        self._arrival.set()
         asyncio.get_running_loop().call_soon(handle.step)
         return handle
 
@@ -183,11 +194,94 @@ async def serve(core: TwinCore, servers: list[HttpServer]) -> Serve:
     return start
 
 
+@dataclass
+class Answer:
+    """An HTTP answer as it came over the socket. `whole`: the body had its end, not just a closed connection."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    whole: bool = True
+
+    @property
+    def error(self) -> dict[str, object]:
+        found: dict[str, object] = json.loads(self.body)["error"]
+        return found
+
+
+class RawClient:
+    """A bare socket that reads HTTP answers."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, data: bytes) -> None:
+        self.writer.write(data)
+
+    def post(self, path: str, body: object, *headers: str) -> None:
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {len(raw)}", *headers, "", ""]
+        self.send("\r\n".join(lines).encode() + raw)
+
+    def get(self, path: str, *headers: str, method: str = "GET") -> None:
+        self.send("\r\n".join([f"{method} {path} HTTP/1.1", "Host: x", *headers, "", ""]).encode())
+
+    async def answer(self, *, bodiless: bool = False) -> Answer:
+        head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        status_line, *lines = head.strip().split("\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in lines)
+        answer = Answer(int(status_line.split()[1]), headers, b"")
+        if answer.status == 100 or bodiless:
+            return answer
+        if headers.get("transfer-encoding") == "chunked":
+            answer.body, answer.whole = await self._chunks()
+        elif "content-length" in headers:
+            answer.body = await self.reader.readexactly(int(headers["content-length"]))
+        else:
+            answer.body = await self.reader.read()
+        return answer
+
+    async def _chunks(self) -> tuple[bytes, bool]:
+        body = b""
+        while size := await self.reader.readline():
+            data = await self.reader.readexactly(int(size, 16) + 2)
+            if data == b"\r\n":
+                return body, True
+            body += data[:-2]
+        return body, False
+
+    async def closed(self) -> bool:
+        """Waits for the server's end of the connection; whether nothing came before it."""
+        try:
+            return await self.reader.read() == b""
+        except ConnectionError:
+            return True
+
+
+Dial = Callable[..., Awaitable[RawClient]]
+
+
+@pytest.fixture
+async def dial() -> AsyncIterator[Dial]:
+    """Opens raw connections to a port. Keyword arguments are those of `open_connection`."""
+    opened: list[RawClient] = []
+
+    async def connect(port: int, **options: Any) -> RawClient:
+        opened.append(RawClient(*await asyncio.open_connection("127.0.0.1", port, **options)))
+        return opened[-1]
+
+    yield connect
+    for one in opened:
+        one.writer.close()
+
+
 @pytest.fixture
 async def client(serve: Serve) -> AsyncIterator[openai.AsyncOpenAI]:
     """The official client, which does not retry: each error is seen."""
     port = await serve()
+    transport = openai.DefaultAsyncHttpxClient(verify=False)  # plain HTTP; loading CA certificates takes 0.1 s
     async with openai.AsyncOpenAI(
-        api_key="none", base_url=f"http://127.0.0.1:{port}/v1", max_retries=0, timeout=20
+        api_key="none", base_url=f"http://127.0.0.1:{port}/v1", max_retries=0, timeout=20, http_client=transport
     ) as made:
         yield made
