@@ -82,6 +82,8 @@ class RouterSession:
         self._handles = count(1, 200)
         self._stream = None
         self._reader: asyncio.Task[None] | None = None
+        self._writer: asyncio.Task[None] | None = None
+        self._unsent: asyncio.Queue[RouterUpdate] = asyncio.Queue()
 
     @classmethod
     async def open(cls, address: str, router_id: str = "test-router", **versions: int) -> RouterSession:
@@ -96,6 +98,7 @@ class RouterSession:
         self.hello = first.hello
         await self._stream.write(RouterUpdate(hello=RouterHello(self.router_id, 1, **versions)))
         self._reader = asyncio.create_task(self._read())
+        self._writer = asyncio.create_task(self._write())
 
     async def _read(self) -> None:
         try:
@@ -159,27 +162,35 @@ class RouterSession:
             (r for r in self._replies.values() if r.handle <= handle < r.handle + r.n), None
         )
 
-    async def send(self, update: RouterUpdate) -> None:
-        await self._stream.write(update)
+    def send(self, update: RouterUpdate) -> None:
+        """In order, by one task: gRPC allows one write at a time, and a write whose task is cancelled ends the call."""
+        self._unsent.put_nowait(update)
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                await self._stream.write(await self._unsent.get())
+        except PdserveError:
+            pass  # the reader tells
 
     def expect(self, n: int) -> Reply:
         handle = next(self._handles)
         reply = self._replies[handle] = Reply(handle, n, [{} for _ in range(n)])
         return reply
 
-    async def submit(self, request: Request, phase: Phase, on_change: Callable[[], None] = lambda: None) -> Reply:
+    def submit(self, request: Request, phase: Phase, on_change: Callable[[], None] = lambda: None) -> Reply:
         reply = self.expect(request.params.n)
         reply.on_change = on_change
-        await self.send(RouterUpdate(submissions=[Submission(reply.handle, phase, request)]))
+        self.send(RouterUpdate(submissions=[Submission(reply.handle, phase, request)]))
         return reply
 
-    async def cancel(self, reply: Reply) -> None:
+    def cancel(self, reply: Reply) -> None:
         """No further answer is expected."""
         self._replies.pop(reply.handle, None)
-        await self.send(RouterUpdate(cancels=[reply.handle]))
+        self.send(RouterUpdate(cancels=[reply.handle]))
 
-    async def cancel_choice(self, reply: Reply, choice: int) -> None:
-        await self.send(RouterUpdate(choice_cancels=[reply.handle + choice]))
+    def cancel_choice(self, reply: Reply, choice: int) -> None:
+        self.send(RouterUpdate(choice_cancels=[reply.handle + choice]))
 
     async def until(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
         async with asyncio.timeout(timeout_s):
@@ -207,7 +218,8 @@ class RouterSession:
     async def close(self) -> None:
         if self._reader is not None:
             self._reader.cancel()
-            await asyncio.gather(self._reader, return_exceptions=True)
+            self._writer.cancel()
+            await asyncio.gather(self._reader, self._writer, return_exceptions=True)
         await self.channel.close()
 
 
@@ -223,14 +235,10 @@ class PairRequest:
         self.hold_back = False
         """Set to stop relaying."""
         self.change_relay: Callable[[Relay], Relay] = lambda relay: relay
-        self._relays: asyncio.Queue[Relay] = asyncio.Queue()
-        self._sender: asyncio.Task[None] | None = None
 
-    async def start(self) -> PairRequest:
-        self.rest = await self._decode.submit(self.request, Phase.DECODE)
-        self.first = await self._prefill.submit(self.request, Phase.PREFILL, self.pump)
-        self._sender = asyncio.create_task(self._send())
-        self.rest.on_change = self._stop_sending
+    def start(self) -> PairRequest:
+        self.rest = self._decode.submit(self.request, Phase.DECODE)
+        self.first = self._prefill.submit(self.request, Phase.PREFILL, self.pump)
         return self
 
     def pump(self) -> None:
@@ -239,13 +247,13 @@ class PairRequest:
             return
         for announcement in self.first.announcements[self._num_relayed :]:
             self._num_relayed += 1
-            self._relays.put_nowait(Relay(self.rest.handle, announcement.ticket, announcement.manifests))
+            self._relay(Relay(self.rest.handle, announcement.ticket, announcement.manifests))
         if self.first.prompt is not None and not self._outputs_sent and not self.first.done:
             self._outputs_sent = True
             outputs = tuple(
                 FirstOutput(tuple(self._outputs_of(c)), c in self.first.finishes) for c in range(self.first.n)
             )
-            self._relays.put_nowait(Relay(self.rest.handle, outputs=outputs))
+            self._relay(Relay(self.rest.handle, outputs=outputs))
 
     def _outputs_of(self, choice: int) -> list[int]:
         return [
@@ -253,14 +261,8 @@ class PairRequest:
             *self.first.output(choice),
         ]
 
-    async def _send(self) -> None:
-        while True:
-            relay = self.change_relay(await self._relays.get())
-            await self._decode.send(RouterUpdate(relays=[relay]))
-
-    def _stop_sending(self) -> None:
-        if self.rest.done and self._sender is not None:
-            self._sender.cancel()
+    def _relay(self, relay: Relay) -> None:
+        self._decode.send(RouterUpdate(relays=[self.change_relay(relay)]))
 
     @property
     def all_finished(self) -> bool:
@@ -287,19 +289,13 @@ class PairRequest:
             assert index not in tokens, "both workers gave this token"
             tokens[index] = token
         if self.first.done:  # every choice ended at prefill: decode is not needed
-            await self._decode.cancel(self.rest)
-        self._stop()
+            self._decode.cancel(self.rest)
         assert sorted(tokens) == list(range(min(tokens), min(tokens) + len(tokens)))
         return [tokens[i] for i in sorted(tokens)]
 
-    async def cancel(self) -> None:
-        self._stop()
-        await self._prefill.cancel(self.first)
-        await self._decode.cancel(self.rest)
-
-    def _stop(self) -> None:
-        if self._sender is not None:
-            self._sender.cancel()
+    def cancel(self) -> None:
+        self._prefill.cancel(self.first)
+        self._decode.cancel(self.rest)
 
 
 def finish_reason(reply: Reply, choice: int = 0) -> FinishReason:

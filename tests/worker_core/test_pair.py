@@ -40,7 +40,7 @@ async def test_one_worker_alone_gives_the_expected_tokens() -> None:
     async with running() as worker:
         router = await RouterSession.open(worker.address)
         request = make_request(length=300, max_tokens=12)
-        reply = await router.submit(request, Phase.FULL)
+        reply = router.submit(request, Phase.FULL)
         assert await reply.result() == expected(request)
         await router.until_free()
         await router.close()
@@ -60,7 +60,7 @@ async def test_a_pair_gives_the_tokens_of_one_engine_alone(transport: str, lengt
 
 async def test_the_prefill_worker_gives_the_first_token_and_decode_the_others() -> None:
     async with running_pair() as pair:
-        running_request = await pair.start(make_request(max_tokens=5))
+        running_request = pair.start(make_request(max_tokens=5))
         await running_request.result()
         assert list(running_request.first.tokens[0]) == [0]
         assert list(running_request.rest.tokens[0]) == [1, 2, 3, 4]
@@ -71,7 +71,7 @@ async def test_seeded_choices_are_those_of_one_engine_alone() -> None:
     async with running_pair() as pair:
         params = SamplingParams(n=3, temperature=0.9, top_p=0.9, max_tokens=10, seed=77, logprobs=2)
         request = make_request(length=70, params=params)
-        handed = await pair.start(request)
+        handed = pair.start(request)
         await handed.result()
         for choice in range(3):
             tokens = {**handed.first.tokens[choice], **handed.rest.tokens[choice]}
@@ -94,7 +94,7 @@ async def test_a_migrated_request_goes_on_where_it_stopped() -> None:
 async def test_a_request_that_prefill_ends_needs_no_decode() -> None:
     async with running_pair() as pair:
         request = make_request(max_tokens=1)
-        handed = await pair.start(request)
+        handed = pair.start(request)
         assert await handed.result() == expected(request)
         assert handed.first.finishes[0].reason is FinishReason.LENGTH
         await pair.until_free()
@@ -116,8 +116,7 @@ async def test_the_first_chunk_is_pulled_while_prefill_still_computes(transport:
     slow = sim_builder(timing=Constant(15.0))
     async with running_pair([transport], prefill_build=slow) as pair:
         request = make_request(length=640)  # ten chunks
-        handed = await pair.start(request)
-        await pair.decode.until(lambda: pair.decode_worker.kv_bytes_pulled > 0 or handed.first.prompt is not None)
+        handed = pair.start(request)
         await handed.first.until(lambda: pair.decode_worker.kv_bytes_pulled > 0)
         assert handed.first.prompt is None, "prefill had ended before the first pull"
         assert await handed.result() == expected(request)
@@ -137,7 +136,7 @@ async def test_a_staged_pool_hands_over_like_a_direct_one() -> None:
     staged = sim_builder(replace(SIM, host_memory=False, core=replace(SIM.core, staging_blocks=8)))
     async with running_pair(prefill_build=staged, decode_build=staged) as pair:
         requests = [make_request(f"s{i}", length=200 + i) for i in range(6)]
-        handed = [await pair.start(request) for request in requests]
+        handed = [pair.start(request) for request in requests]
         for one in handed:
             assert await one.result() == expected(one.request)
         await pair.until_free()
@@ -147,7 +146,7 @@ async def test_requests_wait_for_room_on_the_decode_worker() -> None:
     small = sim_builder(replace(SIM, core=replace(SIM.core, num_blocks=24)))
     async with running_pair(decode_build=small) as pair:
         requests = [make_request(f"w{i}", length=200) for i in range(8)]  # 13 blocks each
-        handed = [await pair.start(request) for request in requests]
+        handed = [pair.start(request) for request in requests]
         for one in handed:
             assert await one.result() == expected(one.request)
         await pair.until_free()
@@ -157,7 +156,7 @@ async def test_requests_wait_for_room_on_the_decode_worker() -> None:
 
 
 async def _cancelled_clean(pair: Pair, handed: PairRequest) -> None:
-    await handed.cancel()
+    handed.cancel()
     await pair.until_free()
     request = make_request("after")
     assert await pair.run(request) == expected(request)
@@ -166,7 +165,7 @@ async def _cancelled_clean(pair: Pair, handed: PairRequest) -> None:
 @TRANSPORTS
 async def test_cancel_before_anything_was_relayed(transport: str) -> None:
     async with running_pair([transport]) as pair:
-        handed = await pair.start(make_request(), lambda p: setattr(p, "hold_back", True))
+        handed = pair.start(make_request(), lambda p: setattr(p, "hold_back", True))
         await handed.first.until(lambda: handed.first.prompt is not None)
         await _cancelled_clean(pair, handed)
 
@@ -174,7 +173,7 @@ async def test_cancel_before_anything_was_relayed(transport: str) -> None:
 @TRANSPORTS
 async def test_cancel_in_the_middle_of_prefill(transport: str) -> None:
     async with running_pair([transport], prefill_build=sim_builder(timing=Constant(10.0))) as pair:
-        handed = await pair.start(make_request(length=2000))
+        handed = pair.start(make_request(length=2000))
         await handed.first.until(lambda: len(handed.first.announcements) >= 3)
         await _cancelled_clean(pair, handed)
 
@@ -182,7 +181,7 @@ async def test_cancel_in_the_middle_of_prefill(transport: str) -> None:
 @TRANSPORTS
 async def test_cancel_in_the_middle_of_decode(transport: str) -> None:
     async with running_pair([transport], decode_build=sim_builder(timing=Constant(5.0))) as pair:
-        handed = await pair.start(make_request(max_tokens=200))
+        handed = pair.start(make_request(max_tokens=200))
         await handed.rest.until(lambda: len(handed.rest.tokens[0]) > 3)
         await _cancelled_clean(pair, handed)
 
@@ -191,13 +190,13 @@ async def test_cancel_in_the_middle_of_decode(transport: str) -> None:
 async def test_cancel_during_a_pull_frees_the_target_only_after_the_read_has_ended(transport: str) -> None:
     async with running_pair([transport]) as pair:
         gate = Gate().install(pair.decode_worker)
-        handed = await pair.start(make_request(length=200))
+        handed = pair.start(make_request(length=200))
         await gate.reached()
         pool = pair.decode_worker.port.pool
-        await handed.cancel()
+        handed.cancel()
         await pair.prefill.until_free()  # the exporter's side is fenced by generations and frees at once
         other = make_request("other", length=7000)  # would need every block of the pool
-        crowd = await pair.decode.submit(replace(other, prompt_token_ids=prompt(7000)), Phase.FULL)
+        crowd = pair.decode.submit(replace(other, prompt_token_ids=prompt(7000)), Phase.FULL)
         before = pool.generations.copy()
         await pair.decode.until(lambda: pair.decode.load is not None and pair.decode.load.num_free_blocks < 512)
         held = pair.decode.load
@@ -215,7 +214,7 @@ def crowd_request(other: Request) -> Request:
 async def test_a_deadline_during_a_pull_ends_the_request_at_once_and_the_blocks_later() -> None:
     async with running_pair() as pair:
         gate = Gate().install(pair.decode_worker)
-        handed = await pair.start(make_request(timeout_ms=300))
+        handed = pair.start(make_request(timeout_ms=300))
         await gate.reached()
         with pytest.raises(DeadlineExceeded) as caught:
             await handed.rest.result()
@@ -232,7 +231,7 @@ async def _fails(pair: Pair, handed: PairRequest, error: type[PdserveError]) -> 
     with pytest.raises(error) as caught:
         await handed.rest.result()
     assert not handed.rest.tokens[0], "a token was decoded from KV that could not be trusted"
-    await handed.cancel()
+    handed.cancel()
     await pair.until_free()
     return caught.value
 
@@ -240,7 +239,7 @@ async def _fails(pair: Pair, handed: PairRequest, error: type[PdserveError]) -> 
 @TRANSPORTS
 async def test_a_corrupted_block_gives_an_error_and_never_a_token(transport: str) -> None:
     async with running_pair([transport]) as pair:
-        handed = await pair.start(make_request(length=100), lambda p: setattr(p, "hold_back", True))
+        handed = pair.start(make_request(length=100), lambda p: setattr(p, "hold_back", True))
         await handed.first.until(lambda: handed.first.prompt is not None)
         last = decode_manifest(handed.first.announcements[-1].manifests[-1])
         pair.prefill_worker.port.pool.blocks[last.blocks[-1], 3] ^= 1
@@ -254,7 +253,7 @@ async def test_a_corrupted_block_gives_an_error_and_never_a_token(transport: str
 @TRANSPORTS
 async def test_a_block_that_was_reused_before_the_pull_is_refused(transport: str) -> None:
     async with running_pair([transport]) as pair:
-        handed = await pair.start(make_request(length=100), lambda p: setattr(p, "hold_back", True))
+        handed = pair.start(make_request(length=100), lambda p: setattr(p, "hold_back", True))
         await handed.first.until(lambda: handed.first.prompt is not None)
         manifest = decode_manifest(handed.first.announcements[0].manifests[0])
         pair.prefill_worker.port.pool.generations[manifest.blocks[1]] += 1
@@ -267,7 +266,7 @@ async def test_a_block_that_was_reused_before_the_pull_is_refused(transport: str
 async def test_a_block_that_is_reused_during_the_pull_is_refused(transport: str) -> None:
     async with running_pair([transport]) as pair:
         gate = Gate().install(pair.decode_worker)
-        handed = await pair.start(make_request(length=60))
+        handed = pair.start(make_request(length=60))
         await gate.reached()
         manifest = decode_manifest(handed.first.announcements[0].manifests[0])
         pool = pair.prefill_worker.port.pool
@@ -280,12 +279,12 @@ async def test_a_block_that_is_reused_during_the_pull_is_refused(transport: str)
 async def test_workers_of_different_layouts_exchange_nothing() -> None:
     other = sim_builder(replace(SIM, model=replace(SIM.model, revision="other weights")))
     async with running_pair(decode_build=other) as pair:
-        await _fails(pair, await pair.start(make_request()), FingerprintMismatch)
+        await _fails(pair, pair.start(make_request()), FingerprintMismatch)
 
 
 async def test_a_ticket_that_nobody_used_expires_and_frees_its_blocks() -> None:
     async with running_pair(prefill_overrides={"ticket_lease_s": 0.3}) as pair:
-        handed = await pair.start(make_request(), lambda p: setattr(p, "hold_back", True))
+        handed = pair.start(make_request(), lambda p: setattr(p, "hold_back", True))
         await handed.first.until(lambda: handed.first.prompt is not None)
         await pair.prefill.until_free()
         handed.hold_back = False
@@ -308,7 +307,7 @@ async def test_a_forged_ticket_is_refused() -> None:
         return replace(relay, ticket=encode_ticket(replace(decode_ticket(relay.ticket), incarnation=12345)))
 
     async with running_pair() as pair:
-        handed = await pair.start(make_request(), lambda p: setattr(p, "change_relay", forge))
+        handed = pair.start(make_request(), lambda p: setattr(p, "change_relay", forge))
         await _fails(pair, handed, TicketRefused)
 
 
@@ -319,13 +318,13 @@ async def test_relayed_bytes_that_cannot_be_read_end_the_request(field: str) -> 
         return replace(relay, **{field: garbage if field == "ticket" else (garbage,)})
 
     async with running_pair() as pair:
-        handed = await pair.start(make_request(), lambda p: setattr(p, "change_relay", garble))
+        handed = pair.start(make_request(), lambda p: setattr(p, "change_relay", garble))
         await _fails(pair, handed, ProtocolMismatch)
 
 
 async def test_workers_without_a_common_transport_say_so() -> None:
     async with running_pair(["shm"], prefill_overrides={"transports": ["tcp"]}) as pair:
-        error = await _fails(pair, await pair.start(make_request()), HandoverError)
+        error = await _fails(pair, pair.start(make_request()), HandoverError)
         assert "transport" in error.message
 
 
@@ -336,7 +335,7 @@ async def test_a_router_that_dies_frees_its_requests_on_both_workers() -> None:
     slow = sim_builder(timing=Constant(10.0))
     async with running_pair(prefill_build=slow, decode_build=slow) as pair:
         for i in range(4):
-            await pair.start(make_request(f"d{i}", length=400, max_tokens=100))
+            pair.start(make_request(f"d{i}", length=400, max_tokens=100))
         await pair.decode.until(lambda: pair.decode_worker.kv_bytes_pulled > 0)
         watchers = [await RouterSession.open(w.address, "watcher") for w in (pair.prefill_worker, pair.decode_worker)]
         pair.prefill.break_off()
@@ -349,21 +348,20 @@ async def test_a_router_that_dies_frees_its_requests_on_both_workers() -> None:
 async def test_decode_streams_death_lets_prefill_free_at_once() -> None:
     async with running_pair() as pair:
         gate = Gate().install(pair.decode_worker)
-        handed = await pair.start(make_request(length=300))
+        handed = pair.start(make_request(length=300))
         await gate.reached()
         pair.decode.break_off()
         gate.open.set()
         await pair.prefill.until_free()  # decode released it, long before the lease
-        handed._stop()
 
 
 async def test_a_prefill_worker_that_stops_gives_its_requests_a_typed_error() -> None:
     async with running_pair(prefill_build=sim_builder(timing=Constant(20.0))) as pair:
-        handed = await pair.start(make_request(length=3000))
+        handed = pair.start(make_request(length=3000))
         await handed.first.until(lambda: len(handed.first.announcements) > 2)
         await pair.prefill_worker.stop()
         with pytest.raises(PdserveError) as caught:
             await handed.first.result()
         assert caught.value.retryable
-        await handed.cancel()
+        handed.cancel()
         await pair.decode.until_free()

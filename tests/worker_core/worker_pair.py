@@ -139,13 +139,13 @@ class Pair:
     prefill: RouterSession
     decode: RouterSession
 
-    async def start(self, request: Request, tweak: Callable[[PairRequest], None] = lambda pair: None) -> PairRequest:
+    def start(self, request: Request, tweak: Callable[[PairRequest], None] = lambda pair: None) -> PairRequest:
         pair = PairRequest(self.prefill, self.decode, request)
         tweak(pair)
-        return await pair.start()
+        return pair.start()
 
     async def run(self, request: Request) -> list[int]:
-        return await (await self.start(request)).result()
+        return await self.start(request).result()
 
     async def until_free(self) -> None:
         await self.prefill.until_free()
