@@ -209,8 +209,8 @@ def ours(load: Load) -> ClusterSpec:
     """2P2D on the sim engine, with the same pauses as the fake workers."""
     timing = {
         "sim.timing": "fixed",
-        "sim.fixed_prefill_ms": load.ttft_us / 1000,
-        "sim.fixed_decode_ms": load.itl_us / 1000,
+        "sim.prefill_ms": load.ttft_us / 1000,
+        "sim.decode_ms": load.itl_us / 1000,
     }
     return ClusterSpec(
         prefill=2,

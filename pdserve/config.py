@@ -51,7 +51,9 @@ class TlsConfig(Config, frozen=True):
 class SimConfig(Config, frozen=True):
     """The engine without weights."""
 
-    timing: Annotated[str, _doc("Timing preset of pdserve.engine.timing.")] = "instant"
+    timing: Annotated[str, _doc("Timing preset of pdserve.engine.timing, or fixed: the two below.")] = "instant"
+    prefill_ms: Annotated[float, _doc("With timing fixed: a step that has prompt tokens.", "ms", ge=0)] = 0.0
+    decode_ms: Annotated[float, _doc("With timing fixed: a step of decodes alone.", "ms", ge=0)] = 0.0
     speedup: Annotated[float, _doc("Divides every duration.", "ratio", gt=0)] = 1.0
     vocab_size: Annotated[int, _doc("Tokens drawn from; the embedded tokenizer's.", "tokens", ge=16)] = 49152
     max_model_len: Annotated[int, _doc("Prompt and output together.", "tokens", ge=16)] = 131072

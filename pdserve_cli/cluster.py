@@ -206,6 +206,14 @@ class Cluster:
         url = f"http://127.0.0.1:{port or self.router.ready['http_port']}{path}"
         return await asyncio.to_thread(_get, url)
 
+    async def model_name(self) -> str:
+        """The name that clients use."""
+        status, body = await self.get("/v1/models")
+        if status != 200:
+            raise ClusterError(f"/v1/models answers {status}: {body}")
+        name: str = json.loads(body)["data"][0]["id"]
+        return name
+
     async def metric(self, member: Member, name: str) -> float:
         """The sum of a metric's samples over all labels, from a worker's /metrics."""
         _, body = await self.get("/metrics", member.ready["http_port"])

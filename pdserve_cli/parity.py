@@ -163,7 +163,7 @@ async def _run_cell(
         start_timeout_s=600.0,
     )
     async with Cluster(spec) as cluster:
-        model = cluster.router.ready["models"][0]
+        model = await cluster.model_name()
         for round_ in ("greedy", "seeded"):
             for index, answer in await _answers(cluster, model, cases, round_ == "seeded", cell.batch):
                 expected = alone[index].seeded if round_ == "seeded" else alone[index].greedy

@@ -121,7 +121,7 @@ def _say_to_stderr(line: str) -> None:
 
 async def ask(cluster: Cluster, prompt: str, max_tokens: int = 64) -> Answer:
     """One greedy chat answer through the front door."""
-    model = cluster.router.ready["models"][0]
+    model = await cluster.model_name()
     body = {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],

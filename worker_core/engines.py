@@ -29,7 +29,10 @@ def build_engine(config: WorkerConfig, memory_factory: KVMemoryFactory) -> Hando
 
 def _build_sim(config: WorkerConfig, memory_factory: KVMemoryFactory) -> HandoverEngine:
     from pdserve.engine.sim import DEFAULT_MODEL, SimEngine, SimEngineConfig
+    from pdserve.engine.timing import LinearTiming, timing_preset
 
+    fixed = LinearTiming(config.sim.prefill_ms, 0.0, 0.0, config.sim.decode_ms, 0.0, 0.0)
+    timing = fixed if config.sim.timing == "fixed" else timing_preset(config.sim.timing)
     model = replace(
         DEFAULT_MODEL,
         name=config.model_name or DEFAULT_MODEL.name,
@@ -46,10 +49,9 @@ def _build_sim(config: WorkerConfig, memory_factory: KVMemoryFactory) -> Handove
         ),
         model=model,
         block_tokens=config.block_tokens,
-        timing=config.sim.timing,
         speedup=config.sim.speedup,
     )
-    return SimEngine(sim, memory_factory)
+    return SimEngine(sim, memory_factory, timing=timing)
 
 
 def _build_torch(config: WorkerConfig, memory_factory: KVMemoryFactory) -> HandoverEngine:
