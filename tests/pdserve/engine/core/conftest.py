@@ -210,7 +210,7 @@ def make_request(prompt: Sequence[int], outputs: Sequence[Sequence[int]] = (), *
 
 def run_alone(request: Request) -> dict[int, list[int]]:
     """Tokens by choice, from a fresh engine with plenty of room."""
-    bench = Bench(4096, max_num_seqs=200, max_num_batched_tokens=4096, chunk_tokens=4096, prefix_cache=False)
+    bench = Bench(700, max_num_seqs=200, max_num_batched_tokens=4096, chunk_tokens=4096, prefix_cache=False)
     bench.engine.submit(request, 0, Phase.FULL)
     return bench.drain().tokens
 
