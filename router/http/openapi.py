@@ -39,6 +39,7 @@ def _paths() -> _Json:
         "/v1/embeddings": {"post": _operation("createEmbedding", "Refused: text generation only", {})},
         "/v1/models": {"get": _operation("listModels", "Models served now", {"200": _json("The models", ModelList)})},
         "/v1/models/{model}": {"get": _model_operation()},
+        "/v1/requests/{request_id}": {"get": _record_operation()},
         "/healthz": {"get": _operation("healthz", "The process lives", {"200": _any("Alive")})},
         "/readyz": {
             "get": _operation("readyz", "Requests can be served", {"200": _any("Ready"), "503": _any("Not ready")})
@@ -47,6 +48,12 @@ def _paths() -> _Json:
         "/version": {"get": _operation("version", "The server's release", {"200": _any("Version")})},
         "/openapi.json": {"get": _operation("openapi", "This document", {"200": _any("OpenAPI 3.1")})},
     }
+
+
+def _record_operation() -> _Json:
+    operation = _operation("retrieveRecord", "What shaped an answer", {"200": _any("The record")})
+    operation["parameters"] = [{"name": "request_id", "in": "path", "required": True, "schema": {"type": "string"}}]
+    return operation
 
 
 def _generation(name: str, body: type, whole: type, chunk: type) -> _Json:

@@ -28,6 +28,8 @@ Body = TypeVar("Body", ChatBody, CompletionBody)
 
 MAX_REGEX_CHARS = 16 << 10
 """A grammar is compiled by a worker that serves others too."""
+MAX_NAME_CHARS = 100
+"""How much of an unknown field's name is repeated to the client."""
 
 _FAULT = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$(?P<path>.*)`)?$", re.DOTALL)
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>.*)`$", re.DOTALL)
@@ -153,7 +155,7 @@ def _field_fault(fault: str) -> InvalidRequest:
     match = _FAULT.match(fault)
     what, path = (match["what"], (match["path"] or "").removeprefix(".")) if match else (fault, "")
     if unknown := _UNKNOWN.match(what):
-        name = f"{path}.{unknown['name']}" if path else unknown["name"]
+        name = (f"{path}.{unknown['name']}" if path else unknown["name"])[:MAX_NAME_CHARS]
         return InvalidRequest(f"Unrecognized request argument supplied: {name}", param=name)
     if missing := _MISSING.match(what):
         name = f"{path}.{missing['name']}" if path else missing["name"]

@@ -29,6 +29,7 @@ Handler = Callable[[Exchange], None]
 
 _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _MODEL_PREFIX = "/v1/models/"
+_RECORD_PREFIX = "/v1/requests/"
 _MAX_TIMEOUT_MS = 2**31 - 1
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -76,6 +77,8 @@ class Routes:
         handler = self._get.get(path)
         if handler is None and path.startswith(_MODEL_PREFIX):
             handler = self._model
+        if handler is None and path.startswith(_RECORD_PREFIX):
+            handler = self._record
         if handler is None:
             raise NotFound(f"There is no {path[:200]} here")
         return handler if method in ("GET", "HEAD") else partial(_refuse_method, allow="GET, HEAD")
@@ -153,6 +156,13 @@ class Routes:
 
     def _card(self, info: ModelInfo) -> ModelCard:
         return ModelCard(id=info.name, created=self._started_s, max_model_len=info.max_model_len)
+
+    def _record(self, exchange: Exchange) -> None:
+        request_id = unquote(exchange.path.removeprefix(_RECORD_PREFIX))
+        record = self._core.record(request_id)
+        if record is None:
+            raise NotFound(f"No record of the request {request_id[:200]!r}: it runs still, or was long ago")
+        exchange.reply(200, msgspec.json.encode(record))
 
     # operations
 

@@ -126,7 +126,7 @@ class TwinCore:
         counts = []
         for choice in range(params.n):
             said = ""
-            limit = params.max_tokens or 5
+            limit = min(params.max_tokens or 5, 50)
             for index in range(limit):
                 text = '{"a":1}' if params.grammar and index == 0 else "" if params.grammar else WORDS[index % 8]
                 said += text
