@@ -140,8 +140,8 @@ async def _once(cluster: Cluster, arguments: argparse.Namespace) -> int:
         ttft_ms=round(1000 * (answer.ttft_s or 0.0), 1),
         tokens=answer.usage.get("completion_tokens", 0),
         text=answer.text,
-        prefill_worker=record.get("prefill"),
-        decode_worker=record.get("decode"),
+        prefill_worker=record.get("prefill_worker"),
+        decode_worker=record.get("decode_worker"),
         kv_bytes_moved=int(moved),
     )
     print(json.dumps(asdict(result)) if arguments.json else answer.text, flush=True)
@@ -158,7 +158,8 @@ async def _first_answer(cluster: Cluster, prompt: str, say: Any) -> None:
     answer = await ask(cluster, prompt)
     record = await _record(cluster, answer.request_id)
     say(f"\n> {prompt}\n{answer.text}\n")
-    say(f"prefill on {record.get('prefill')}, decode on {record.get('decode')}; ready after {cluster.started_s:.1f} s")
+    placed = f"prefill on {record.get('prefill_worker')}, decode on {record.get('decode_worker')}"
+    say(f"{placed}; ready after {cluster.started_s:.1f} s")
     say(f"OpenAI API   {cluster.http_url}/v1")
     say(f"gRPC         {cluster.grpc_address}  (pdserve.v1.InferenceService, inference.GRPCInferenceService)")
     say(f"metrics      {cluster.http_url}/metrics")

@@ -109,3 +109,8 @@ class Core(Protocol):
     def ready(self) -> str | None:
         """None when requests can be served, else why not."""
         ...
+
+    def record(self, request_id: str) -> dict[str, object] | None:
+        """What shaped the answer of an ended request, by field of `router.catalog.Record`; None: not (or no longer)
+        known. Neither prompt nor output is in it."""
+        ...

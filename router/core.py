@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from pdserve.errors import InvalidRequest, ModelNotFound, NoWorker, PdserveError
 from pdserve.metrics import RouterMetrics
@@ -87,6 +87,10 @@ class RouterCore:
         if self.admission.draining:
             return "draining"
         return self._why_not_servable()
+
+    def record(self, request_id: str) -> dict[str, object] | None:
+        found = self.catalog.find(request_id)
+        return None if found is None else asdict(found)
 
     # ---- life of the process ----
 
