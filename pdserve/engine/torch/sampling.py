@@ -125,6 +125,8 @@ def _top_p(scaled: Floats, ids: Ids | None, top_p: float) -> Ids:
 
 def largest(values: Floats, count: int) -> Ids:
     """Indexes of the `count` largest values in falling order, ties by index."""
+    if not count:
+        return np.empty(0, dtype=np.intp)
     if count < len(values):
         found = np.argpartition(values, len(values) - count)[len(values) - count :]
     else:
