@@ -178,7 +178,7 @@ class RpcServer:
                 *_KEEPALIVE,
                 ("grpc.max_receive_message_length", max_message_bytes + _SLACK_BYTES),
                 ("grpc.max_send_message_length", -1),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
                 ("grpc.so_reuseport", 0),
             ]
         )
