@@ -105,6 +105,9 @@ class Fleet:
                     level = logging.WARNING if isinstance(error, ProtocolMismatch) else logging.INFO
                     log.log(level, "worker at %s: %s", address, error)
                     backoff = min(2 * backoff, self._max_backoff_s)
+                except Exception:
+                    log.exception("the session with the worker at %s broke", address)
+                    backoff = self._max_backoff_s
                 else:
                     backoff = FIRST_BACKOFF_S
                 await asyncio.sleep(backoff * random.uniform(0.5, 1.0))

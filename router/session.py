@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pdserve.errors import EngineFailed, PdserveError, WorkerLost
-from pdserve.rpc import ClientStream
+from pdserve.rpc import ClientStream, guard
 from pdserve.types import EngineLoad, Finish, FinishReason, Logprobs, Phase, PromptStats, Request, WorkerInfo
 from pdserve.wire.session import (
     Announcement,
@@ -118,6 +118,7 @@ class Link:
         self._pending = RouterUpdate(hello=hello)
         self._wake = asyncio.Event()
         self._wake.set()
+        self._write_error: PdserveError | None = None
 
     # ---- what requests ask for; nothing is sent before the tick ends ----
 
@@ -188,26 +189,34 @@ class Link:
     async def run(self) -> None:
         """Serve the stream until it ends, then fail what is left on it. Raises the error that ended it."""
         writer = asyncio.create_task(self._write())
+        writer.add_done_callback(self._on_written)
         try:
             while (update := await self._stream.read()) is not None:
                 self._on_update(update)
             raise WorkerLost(f"worker {self.info.worker_id} closed its stream")
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise self._write_error or WorkerLost("the stream was cancelled") from error
         finally:
             writer.cancel()
             self._stream.cancel()
             self._fail_all()
 
     async def _write(self) -> None:
-        """A failed write ends only the writing: the read that fails with it reports why."""
-        try:
-            while True:
-                await self._wake.wait()
-                self._wake.clear()
-                update, self._pending = self._pending, RouterUpdate()
-                for part in split(update):
-                    await self._stream.write(part)
-        except PdserveError as error:
-            log.info("stream to worker %s: %s", self.info.worker_id, error)
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            update, self._pending = self._pending, RouterUpdate()
+            for part in split(update):
+                await self._stream.write(part)
+
+    def _on_written(self, writer: asyncio.Task[None]) -> None:
+        """Nothing more can be written: end the reading too. A stream that we cancel ourselves makes the read raise
+        `CancelledError`, which `run` must not take for its own task's."""
+        if not writer.cancelled() and (error := writer.exception()) is not None:
+            self._write_error = guard(error)
             self._stream.cancel()
 
     def _on_update(self, update: WorkerUpdate) -> None:

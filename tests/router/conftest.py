@@ -33,7 +33,9 @@ from worker_core.worker import Worker
 VOCAB_SIZE = 1024
 EOS = 0
 MODEL = ModelInfo("tiny", "r1", "t1", max_model_len=4096, vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
 
 
 def tiny_tokenizer() -> Tokenizer:
@@ -100,6 +102,8 @@ class House:
     tmp: Path
     tokenizer: Tokenizer = field(default_factory=tiny_tokenizer)
     workers: list[Worker] = field(default_factory=list)
+    engines: dict[int, SimEngine] = field(default_factory=dict)
+    """By the incarnation of their worker."""
     fleets: list[Fleet] = field(default_factory=list)
     cores: list[RouterCore] = field(default_factory=list)
     sim: SimEngineConfig = field(
@@ -114,14 +118,18 @@ class House:
     ) -> Worker:  # fmt: skip
         engine_config = sim or self.sim
 
+        built: list[SimEngine] = []
+
         def build(_: WorkerConfig, memory: KVMemoryFactory) -> SimEngine:
-            return SimEngine(engine_config, memory, timing=timing)
+            built.append(SimEngine(engine_config, memory, timing=timing))
+            return built[0]
 
         worker = Worker(
             WorkerConfig(worker_id=name, listen=listen, engine="sim", drain_timeout_s=5.0, **config), role, build
         )
         await worker.start()
         self.workers.append(worker)
+        self.engines[worker.incarnation] = built[0]
         return worker
 
     async def pair(self, timing: TimingModel | None = None) -> tuple[Worker, Worker]:
@@ -129,7 +137,7 @@ class House:
         return prefill, await self.worker(Role.DECODE, "d0", timing=timing)
 
     async def core(
-        self, *, addresses: Sequence[str] | None = None, timeouts: Timeouts = Timeouts(10, 10, 10), **options: object
+        self, *, addresses: Sequence[str] | None = None, timeouts: Timeouts = PATIENT, **options: object
     ) -> RouterCore:
         if addresses is None:
             addresses = [worker.address for worker in self.workers]
@@ -139,7 +147,11 @@ class House:
             "max_inflight": 64, "timeouts": timeouts, "num_records": 100, **options,
         }  # fmt: skip
         core = RouterCore(
-            CoreOptions(**given), self.tokenizer, fleet, Scheduler(least_loaded(1, 16)), RouterMetrics(CollectorRegistry())
+            CoreOptions(**given),
+            self.tokenizer,
+            fleet,
+            Scheduler(least_loaded(1, 16)),
+            RouterMetrics(CollectorRegistry()),
         )
         self.fleets.append(fleet)
         self.cores.append(core)
@@ -147,6 +159,14 @@ class House:
         if addresses:
             await until(lambda: len(fleet.links) == len(addresses))
         return core
+
+    def is_idle(self, worker: Worker) -> bool:
+        """It knows no request and every one of its KV blocks is free (or cached)."""
+        load = self.engines[worker.incarnation].load()
+        return len(worker.jobs) == 0 and load.num_free_blocks == load.num_total_blocks
+
+    async def wait_idle(self, *workers: Worker) -> None:
+        await until(lambda: all(map(self.is_idle, workers or self.workers)))
 
     async def close(self) -> None:
         for fleet in self.fleets:
@@ -157,7 +177,7 @@ class House:
 
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - it looks at others' state, which signals nothing
             await asyncio.sleep(0.002)
 
 

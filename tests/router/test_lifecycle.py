@@ -27,22 +27,6 @@ SLOW_DECODE = LinearTiming(0, 0, 0, 5.0, 0, 0)
 STUCK = LinearTiming(400.0, 0, 0, 400.0, 0, 0)
 
 
-async def free_blocks(worker):
-    load = await worker._engine.call(lambda engine: engine.load())
-    return load.num_free_blocks
-
-
-async def is_idle(worker, blocks):
-    return len(worker._jobs) == 0 and await free_blocks(worker) == blocks
-
-
-async def wait_idle(house):
-    async with asyncio.timeout(10):
-        for worker in house.workers:
-            while not await is_idle(worker, house.sim.core.num_blocks):
-                await asyncio.sleep(0.005)
-
-
 async def drop_streams(worker):
     """What a crash looks like from outside: all connections end, nothing is said."""
     await worker._server._server.stop(0)
@@ -58,7 +42,7 @@ async def test_every_choice_has_its_own_tokens(house, sink, incoming):
         assert got.finishes[choice] == (FinishReason.LENGTH, None)
     assert len({tuple(ids) for ids in got.token_ids.values()}) == 3
     assert got.usage.completion_tokens == 36
-    await wait_idle(house)
+    await house.wait_idle()
 
 
 async def test_many_requests_at_once_get_their_own_tokens(house, sink, incoming):
@@ -78,7 +62,7 @@ async def test_many_requests_at_once_get_their_own_tokens(house, sink, incoming)
             assert got.token_ids[choice] == expected_tokens(house.sim, handle.request, choice)
     used = {core.catalog.find(handle.request_id).decode_worker for handle in handles}
     assert used == {"d0", "d1", None}
-    await wait_idle(house)
+    await house.wait_idle()
     assert all(link.own.num_requests == link.own.num_context_tokens == 0 for link in house.fleets[0].links)
 
 
@@ -90,7 +74,7 @@ async def test_one_token_is_prefills_alone(house, sink, incoming):
     assert got.token_ids[0] == expected_tokens(house.sim, handle.request, 0)
     record = core.catalog.find(handle.request_id)
     assert (record.prefill_worker, record.decode_worker) == ("p0", None)
-    await wait_idle(house)
+    await house.wait_idle()
 
 
 async def test_a_choice_that_prefill_ends_never_reaches_decode(house, sink, incoming):
@@ -106,7 +90,7 @@ async def test_a_choice_that_prefill_ends_never_reaches_decode(house, sink, inco
     assert got.finishes[0] == (FinishReason.STOP, first)
     assert got.texts.get(0, "") == ""
     assert got.usage.completion_tokens == 1
-    await wait_idle(house)
+    await house.wait_idle()
 
 
 async def test_a_stop_string_ends_the_request_on_both_workers(house, sink, incoming):
@@ -121,7 +105,7 @@ async def test_a_stop_string_ends_the_request_on_both_workers(house, sink, incom
     await got.result()
     assert got.texts[0] == words[: words.index(stop)]
     assert got.finishes[0] == (FinishReason.STOP, stop)
-    await wait_idle(house)
+    await house.wait_idle()
 
 
 async def test_a_stop_string_ends_one_choice_and_the_others_go_on(house, sink, incoming):
@@ -137,7 +121,7 @@ async def test_a_stop_string_ends_one_choice_and_the_others_go_on(house, sink, i
     await got.result()
     assert got.finishes == {0: (FinishReason.STOP, stop), 1: (FinishReason.LENGTH, None)}
     assert got.token_ids[1] == probe.token_ids[1]
-    await wait_idle(house)
+    await house.wait_idle()
 
 
 @pytest.mark.parametrize("when", ["at once", "mid-stream"])
@@ -150,7 +134,7 @@ async def test_cancel_frees_both_workers(house, sink, incoming, when):
         await asyncio.wait_for(got.some.wait(), 10)
     handle.cancel()
     handle.cancel()
-    await wait_idle(house)
+    await house.wait_idle()
     assert not got.over.is_set()
     assert not got.finishes
     assert core.catalog.find(handle.request_id).outcome == "cancelled"
@@ -175,7 +159,7 @@ async def test_a_sink_may_cancel_from_within_its_calls(house, sink, incoming):
         got.handle = core.submit(incoming("fickle", max_tokens=50, stop=("zzz",)), got)
         await got.result()
         assert len(got.token_ids[0]) == limit
-    await wait_idle(house)
+    await house.wait_idle()
 
 
 async def test_a_faulty_sink_costs_only_its_own_request(house, sink, incoming):
@@ -202,9 +186,7 @@ async def test_a_prefill_worker_lost_before_the_first_token_is_a_typed_error(hou
     await got.result()
     assert isinstance(got.error, WorkerLost)
     assert (got.error.leg, got.error.work_done, got.error.retryable) == ("prefill", False, True)
-    async with asyncio.timeout(5):
-        while not await is_idle(decode, house.sim.core.num_blocks):
-            await asyncio.sleep(0.005)
+    await house.wait_idle(decode)
 
 
 async def test_a_decode_worker_lost_mid_stream_is_an_error_that_says_work_was_done(house, sink, incoming):
@@ -217,9 +199,7 @@ async def test_a_decode_worker_lost_mid_stream_is_an_error_that_says_work_was_do
     await got.result()
     assert isinstance(got.error, WorkerLost)
     assert (got.error.leg, got.error.work_done) == ("decode", True)
-    async with asyncio.timeout(5):
-        while not await is_idle(prefill, house.sim.core.num_blocks):
-            await asyncio.sleep(0.005)
+    await house.wait_idle(prefill)
 
 
 async def test_a_prefill_worker_lost_after_the_hand_over_costs_nothing(house, sink, incoming):
@@ -290,7 +270,7 @@ async def test_a_leg_without_progress_is_charged_to_its_own_clock(house, sink, i
     assert isinstance(got.error, DeadlineExceeded)
     assert got.error.leg == leg
     assert got.error.work_done == (leg == "transfer")
-    await wait_idle(house)
+    await house.wait_idle()
 
 
 async def test_the_clients_own_timeout_ends_a_request_that_makes_progress(house, sink, incoming):
@@ -300,7 +280,7 @@ async def test_the_clients_own_timeout_ends_a_request_that_makes_progress(house,
     await got.result()
     assert isinstance(got.error, DeadlineExceeded)
     assert got.error.work_done
-    await wait_idle(house)
+    await house.wait_idle()
 
 
 async def test_one_request_too_many_is_told_when_to_come_back(house, sink, incoming):
@@ -378,7 +358,7 @@ async def test_what_the_engine_refuses_reaches_the_client_typed(house, sink, inc
     core.submit(incoming(grammar=Grammar(GrammarKind.REGEX, "(")), got)
     await got.result()
     assert isinstance(got.error, RequestError)
-    await wait_idle(house)
+    await house.wait_idle()
 
 
 async def test_without_disaggregation_decode_does_everything(house, sink, incoming):
@@ -389,7 +369,7 @@ async def test_without_disaggregation_decode_does_everything(house, sink, incomi
     assert got.token_ids[1] == expected_tokens(house.sim, handle.request, 1)
     record = core.catalog.find(handle.request_id)
     assert (record.prefill_worker, record.decode_worker) == (None, "d0")
-    await wait_idle(house)
+    await house.wait_idle()
 
 
 async def test_logprobs_belong_to_their_tokens(house, sink, incoming):
@@ -452,7 +432,7 @@ async def test_what_outlives_the_drain_fails_with_draining(house, sink, incoming
     assert not await core.drain(0.02)
     core.close(Draining("gone"))
     assert isinstance(got.error, Draining)
-    await wait_idle(house)
+    await house.wait_idle()
 
 
 async def test_models_need_a_whole_pair(house, sink, incoming):

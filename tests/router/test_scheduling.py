@@ -70,8 +70,10 @@ def test_a_draining_worker_gets_nothing():
 
 def test_a_decode_worker_without_a_partner_is_passed_over():
     fakes = [
-        worker("p", Role.PREFILL, fingerprint=b"g"), worker("d0", Role.DECODE), worker("d1", Role.DECODE, fingerprint=b"g"),
-    ]  # fmt: skip
+        worker("p", Role.PREFILL, fingerprint=b"g"),
+        worker("d0", Role.DECODE),
+        worker("d1", Role.DECODE, fingerprint=b"g"),
+    ]
     assert {scheduler(seed).place_pair(fakes, NEED).decode.info.worker_id for seed in range(8)} == {"d1"}
 
 
