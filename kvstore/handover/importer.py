@@ -16,6 +16,7 @@ ends the request: committed blocks may have been read and cached already, and mu
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 from kvstore.handover.actions import (
     AbortPull,
     Bind,

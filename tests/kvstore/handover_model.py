@@ -44,8 +44,13 @@ EXPORT_LIMITS = ExportLimits(lease_s=30.0, compute_s=60.0, hold_s=100.0)
 IMPORT_LIMITS = ImportLimits(
     announce_s=60.0, room_s=40.0, bind_s=10.0, pull_s=50.0, max_bytes_in_flight=4 * BLOCK_BYTES
 )
-GENERATIONS_ONLY = DigestPolicy(every=1 << 30)
-"""Compares but the first and last block's digest, so that generations have to catch the rest."""
+
+
+class NoDigests(DigestPolicy):
+    """So that generations alone have to tell."""
+
+    def chosen(self, count: int) -> list[int]:
+        return []
 
 
 def content(prompt: int, block: int) -> bytes:
@@ -318,7 +323,7 @@ class DecodeWorker:
                 pull.manifest,
                 self.engine.pool.memory,
                 pull.target,
-                GENERATIONS_ONLY,
+                NoDigests(),
                 should_stop=lambda: pending.stop,
             )
         except PdserveError as error:
@@ -335,6 +340,12 @@ class DecodeWorker:
     def writes_into(self, handle: int) -> bool:
         return any(p.action.handle == handle for p in self.pulls.values())
 
+    def check_target(self, pull: act.Pull) -> None:
+        """Committed blocks are never written again, and no two pulls write one block."""
+        assert pull.manifest.first_token >= self.engine.jobs[pull.handle].committed_tokens
+        writing = {b for p in self.pulls.values() for b in p.action.target.blocks}
+        assert not writing & set(pull.target.blocks)
+
     def do(self, actions: Sequence[act.ImportAction]) -> None:
         for action in actions:
             self.do_one(action)
@@ -346,6 +357,7 @@ class DecodeWorker:
             case act.Bind(handle, ticket):
                 self.world.send_bind(self, handle, ticket)
             case act.Pull(pull_id):
+                self.check_target(action)
                 self.pulls[pull_id] = PendingPull(action)
             case act.AbortPull(pull_id):
                 self.pulls[pull_id].stop = True
