@@ -129,8 +129,8 @@ class Connection(asyncio.Protocol):
             self._discarding = True
         except httptools.HttpParserError as error:
             self._fault = self._fault or (400, InvalidRequest(f"The request is not valid HTTP/1.1: {error}"))
-        if not (self._headers_done or self._begun_in_feed) and self._fault is None:
-            self._count_head_bytes(len(data))
+        if self._in_request and not self._begun_in_feed and self._fault is None:
+            self._count_overhead(len(data))
         if self._fault is not None:
             self._refuse(*self._fault)
         self._pause_if_full()
@@ -140,10 +140,11 @@ class Connection(asyncio.Protocol):
         self._in_request = True
         self._read_deadline = self._loop.time() + self._limits.header_timeout_s
 
-    def _count_head_bytes(self, num_bytes: int) -> None:
-        """What the parser holds back of an unfinished header counts from the second read on."""
-        self._fed_head_bytes += num_bytes
-        if self._fed_head_bytes > self._limits.max_header_bytes:
+    def _count_overhead(self, num_bytes: int) -> None:
+        """Bounds what the parser holds back of an unfinished header or trailer, from the second read on. Chunked
+        framing costs at most 7 bytes for each byte of body."""
+        self._fed_bytes += num_bytes
+        if self._fed_bytes - 8 * self._body_bytes > self._limits.max_header_bytes:
             self._head_too_large()
 
     def _head_too_large(self) -> None:
@@ -155,8 +156,7 @@ class Connection(asyncio.Protocol):
         self._body: list[bytes] = []
         self._body_bytes = 0
         self._head_bytes = 0
-        self._fed_head_bytes = 0
-        self._headers_done = False
+        self._fed_bytes = 0
         self._fault = None
 
     def on_message_begin(self) -> None:
@@ -167,21 +167,17 @@ class Connection(asyncio.Protocol):
 
     def on_url(self, url: bytes) -> None:
         self._url += url
-        self._add_head_bytes(len(url))
+        self._head_bytes += len(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers[name.lower()] = value
-        self._add_head_bytes(len(name) + len(value) + 4)
-
-    def _add_head_bytes(self, num_bytes: int) -> None:
-        self._head_bytes += num_bytes
+        self._head_bytes += len(name) + len(value) + 4
         if self._head_bytes > self._limits.max_header_bytes and self._fault is None:
             self._head_too_large()
 
     def on_headers_complete(self) -> None:
         if self._fault is not None:
             return
-        self._headers_done = True
         self._read_deadline = self._loop.time() + self._limits.body_timeout_s
         self._fault = self._head_fault()
         if self._fault is None and b"expect" in self._headers:

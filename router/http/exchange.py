@@ -5,8 +5,8 @@ A stream's head is held back until its first event, so that an error before it s
 
 from __future__ import annotations
 
+import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
 from typing import Protocol
@@ -104,7 +104,7 @@ class Exchange:
     def _request_id(self) -> str:
         """The client's own id if it can be used in logs and ids, else a new one."""
         given = self.header(b"x-request-id")
-        return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        return given if _SANE_ID.fullmatch(given) else os.urandom(16).hex()
 
     # one complete reply
 

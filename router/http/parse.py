@@ -47,6 +47,7 @@ _SAMPLING = (
     "min_tokens",
     "ignore_eos",
 )
+_EMPTY_IN_MESSAGES = ("refusal", "annotations", "audio", "tool_calls", "function_call", "tool_call_id")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -341,7 +342,7 @@ def _message(message: Message, where: str) -> ChatMessage:
     role = _ROLES.get(message.role)
     if role is None:
         raise _role_fault(message.role, f"{where}.role")
-    for name in ("refusal", "annotations", "audio", "tool_calls", "function_call", "tool_call_id"):
+    for name in _EMPTY_IN_MESSAGES:
         if getattr(message, name):
             raise NotSupported(f"{where}.{name} is not supported: only text is served", param=f"{where}.{name}")
     extra = (("name", message.name),) if message.name is not None else ()

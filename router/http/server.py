@@ -75,7 +75,8 @@ class HttpServer:
         return bound
 
     async def drain(self, grace_s: float) -> None:
-        """Stop accepting, let what runs finish; after `grace_s` the rest ends with `Draining`."""
+        """Stop accepting, let what runs finish; after `grace_s` the rest ends with `Draining` (flushed for at most
+        `linger_s`)."""
         self.draining = True
         if self._server is not None:
             self._server.close()
@@ -84,6 +85,7 @@ class HttpServer:
         if not await self._wait_all_gone(grace_s):
             for connection in list(self.connections):
                 connection.kill(Draining("The server is going away; send the request again"))
+            await self._wait_all_gone(self.limits.linger_s)
 
     async def close(self) -> None:
         """Drop every connection. Idempotent."""

@@ -160,6 +160,16 @@ async def test_headers_over_the_limit_are_refused(serve: Any, dial: Any, pieces:
     assert await raw.closed()
 
 
+async def test_an_endless_trailer_is_refused(serve: Any, dial: Any) -> None:
+    raw = await dial(await serve(HttpLimits(max_header_bytes=2000)))
+    raw.send(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nX-Long: ")
+    for _ in range(4):
+        raw.send(b"y" * 1000)
+        await raw.writer.drain()
+        await asyncio.sleep(0.001)
+    assert (await raw.answer()).status == 431
+
+
 @pytest.mark.parametrize(
     "garbage",
     [
