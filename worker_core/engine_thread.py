@@ -151,6 +151,7 @@ class EngineThread:
 
     def _run(self, engine: HandoverEngine) -> None:
         """Hot path: a turn costs about 2 us beside the step itself."""
+        self._publish_idle_load(engine)
         while not self._stopping:
             busy = engine.has_work()
             if not self._run_commands(engine, wait=not busy):

@@ -335,13 +335,19 @@ def _import_blocks(handle: int, first_token: int, num_tokens: int, engine: Hando
 
 
 def _commit(handle: int, first_token: int, num_tokens: int, engine: HandoverEngine) -> None:
-    engine.import_commit(handle, first_token, num_tokens)
+    try:
+        engine.import_commit(handle, first_token, num_tokens)
+    except KeyError as error:
+        raise HandoverError("the engine has dropped this request") from error
 
 
 def _resume(
     handle: int, outputs: tuple[tuple[int, ...], ...], finished: tuple[bool, ...], engine: HandoverEngine
 ) -> None:
-    engine.resume(handle, outputs, finished)
+    try:
+        engine.resume(handle, outputs, finished)
+    except KeyError as error:
+        raise HandoverError("the engine has dropped this request") from error
 
 
 def _cancel(handle: int, engine: HandoverEngine) -> None:

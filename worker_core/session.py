@@ -8,6 +8,7 @@ messages and bounded: a router that reads too slowly loses its stream, never the
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ MAX_MESSAGE_BYTES = 512 << 10
 """Merged output is cut here: messages stay under 1 MiB."""
 MAX_UNSENT_BYTES = 8 << 20
 """Bounds what many-token steps or logprobs may pile up before `max_steps_behind` does."""
+MIN_BEHIND_S = 1.0
+"""A small engine's steps take under a millisecond: a router's short pause may span hundreds of them and is no
+slowness. `max_steps_behind` counts only after so many seconds."""
 HELLO_TIMEOUT_S = 10.0
 _TOKEN_BYTES = 16
 _FINISH_BYTES = 64
@@ -70,6 +74,7 @@ class Session:
         self._jobs = jobs
         self._max_steps_behind = max_steps_behind
         self._steps_behind = 0
+        self._behind_since = 0.0
         self._unsent: deque[_Unsent] = deque()
         self._unsent_bytes = 0
         self._load: EngineLoad | None = None
@@ -176,8 +181,11 @@ class Session:
         """Everything of one engine step was added."""
         if not self._unsent:
             return
+        now = time.monotonic()
+        if not self._steps_behind:
+            self._behind_since = now
         self._steps_behind += 1
-        if self._steps_behind > self._max_steps_behind:
+        if self._steps_behind > self._max_steps_behind and now > self._behind_since + MIN_BEHIND_S:
             self._cut_off()
 
     def _cut_off(self) -> None:

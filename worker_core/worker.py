@@ -56,11 +56,11 @@ class Worker:
         self.incarnation = time.time_ns()
         self.registry = CollectorRegistry()
         self.port = MemoryPort(config)
-        self._engine = EngineThread(self._build, on_round=self._on_round, on_failed=self._on_failed)
+        self.engine = EngineThread(self._build, on_round=self._on_round, on_failed=self._on_failed)
         paths = {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._render_metrics}
         self._status = StatusServer(*split_address(config.http_listen, "http_listen"), paths)
         self._session_numbers = count()
-        self._load = EngineLoad()
+        self._load: EngineLoad | None = None
         self._ready = asyncio.Event()
         self._draining = False
         self._state = "loading"
@@ -72,7 +72,7 @@ class Worker:
     async def start(self) -> None:
         """Load the model, register its memory, serve. Raises `ConfigError` and whatever the engine raises."""
         self.http_port = await self._status.start()
-        engine = await self._engine.start()
+        engine = await self.engine.start()
         self.port.open()
         self._assemble(engine, await self._start_rpc())
         await self._server.set_serving(True)
@@ -88,9 +88,9 @@ class Worker:
             self._config.listen, tls=self._config.tls.rpc(), allow_plaintext=self._config.allow_plaintext
         )
         self._server.add(SESSION, self._serve_session)
-        self._server.add(BIND, lambda request: self._exporter.bind(request))
-        self._server.add(RENEW, lambda request: self._exporter.renew(request))
-        self._server.add(RELEASE, lambda request: self._exporter.release(request))
+        self._server.add(BIND, lambda request: self.exporter.bind(request))
+        self._server.add(RENEW, lambda request: self.exporter.renew(request))
+        self._server.add(RELEASE, lambda request: self.exporter.release(request))
         return await self._server.start()
 
     def _assemble(self, engine: HandoverEngine, port: int) -> None:
@@ -98,7 +98,7 @@ class Worker:
         self.address = config.advertise or f"{advertised_host(config)}:{port}"
         self.info = self._describe(engine, len(engine.memory.generations))
         self._metrics = WorkerMetrics(self.registry, self.info.model.name)
-        self._jobs = JobTable(self._engine, self.info.model.name, self._metrics)
+        self.jobs = JobTable(self.engine, self.info.model.name, self._metrics)
         ledger = ExportLedger(
             self.info.worker_id,
             self.incarnation,
@@ -107,14 +107,14 @@ class Worker:
             clock=time.monotonic,
             limits=ExportLimits(lease_s=config.ticket_lease_s),
         )
-        self._exporter = Exporter(
-            ledger, self._engine, pool, self._jobs, self._metrics, offers=self.port.offers, host_id=self.info.host_id
+        self.exporter = Exporter(
+            ledger, self.engine, pool, self.jobs, self._metrics, offers=self.port.offers, host_id=self.info.host_id
         )
-        self._puller = Puller(
-            config, self.info, self._engine, pool, self._jobs, self._metrics, transports=self.port.transports
+        self.puller = Puller(
+            config, self.info, self.engine, pool, self.jobs, self._metrics, transports=self.port.transports
         )
-        self._jobs.exports = self._exporter
-        self._jobs.imports = self._puller
+        self.jobs.exports = self.exporter
+        self.jobs.imports = self.puller
 
     def _describe(self, engine: HandoverEngine, num_blocks: int) -> WorkerInfo:
         return WorkerInfo(
@@ -137,29 +137,29 @@ class Worker:
         stop. Safe to call again."""
         if self._draining:
             return
-        self._draining = self._jobs.draining = True
+        self._draining = self.jobs.draining = True
         self._state = "draining"
-        log.info("draining", extra={"requests": len(self._jobs)})
+        log.info("draining", extra={"requests": len(self.jobs)})
         await self._server.set_serving(False)
-        for session in self._jobs.sessions:
+        for session in self.jobs.sessions:
             session.set_draining()
         try:
-            await asyncio.wait_for(self._jobs.wait_empty(), self._config.drain_timeout_s)
+            await asyncio.wait_for(self.jobs.wait_empty(), self._config.drain_timeout_s)
         except TimeoutError:
-            log.warning("drain timed out", extra={"requests": len(self._jobs)})
+            log.warning("drain timed out", extra={"requests": len(self.jobs)})
 
     async def stop(self) -> None:
         """End at once: requests fail, streams end, memory is unlinked. Idempotent."""
         if self._ready.is_set():
             self._ready.clear()
-            self._jobs.fail_all(Draining("this worker has stopped; submit elsewhere"))
-            for session in self._jobs.sessions:
+            self.jobs.fail_all(Draining("this worker has stopped; submit elsewhere"))
+            for session in self.jobs.sessions:
                 session.close()
             await self._server.stop(STOP_GRACE_S)
-            await self._puller.stop()
-            self._exporter.close()
-            self._jobs.close()
-        await self._engine.stop()
+            await self.puller.stop()
+            self.exporter.close()
+            self.jobs.close()
+        await self.engine.stop()
         self.port.close()
         await self._status.stop()
 
@@ -167,28 +167,29 @@ class Worker:
         """Take another role: routers hear of it on their streams."""
         self._role = role
         self.info = replace(self.info, role=role)
-        for session in self._jobs.sessions:
+        for session in self.jobs.sessions:
             session.set_hello(WorkerHello(self.info))
 
     @property
     def kv_bytes_pulled(self) -> int:
         """KV that hand-over has brought here since start."""
-        return self._puller.bytes_pulled
+        return self.puller.bytes_pulled
 
     # ---- services ----
 
     async def _serve_session(self, stream: ServerStream[RouterUpdate, WorkerUpdate]) -> None:
         await self._ready.wait()
-        session = Session(next(self._session_numbers), stream, self._jobs, self._config.session_buffer_steps)
-        self._jobs.add_session(session)
+        session = Session(next(self._session_numbers), stream, self.jobs, self._config.session_buffer_steps)
+        self.jobs.add_session(session)
         self._metrics.sessions.inc()
-        session.set_load(self._load)
+        if self._load is not None:
+            session.set_load(self._load)
         if self._draining:
             session.set_draining()
         try:
             await session.run(WorkerHello(self.info))
         finally:
-            self._jobs.drop_session(session)
+            self.jobs.drop_session(session)
             self._metrics.sessions.dec()
             log.info("session ended", extra={"router_id": session.router_id})
 
@@ -204,10 +205,13 @@ class Worker:
     # ---- from the engine's thread, on the loop ----
 
     def _on_round(self, round_: Round) -> None:
-        self._jobs.on_round(round_)
+        if not self._ready.is_set():  # before it serves, an engine only tells its load
+            self._load = round_.load
+            return
+        self.jobs.on_round(round_)
         if round_.load is not None:
             self._load = replace(round_.load, kv_bytes_pulled=self.kv_bytes_pulled)
-            for session in self._jobs.sessions:
+            for session in self.jobs.sessions:
                 session.set_load(self._load)
             self._count_load(self._load)
 
@@ -226,8 +230,8 @@ class Worker:
         log.error("engine failed", exc_info=error)
         self._state = "failed"
         if self._ready.is_set():
-            self._jobs.fail_all(error)
-            for session in self._jobs.sessions:
+            self.jobs.fail_all(error)
+            for session in self.jobs.sessions:
                 session.close(error)
         if not self.failed.done():
             self.failed.set_result(error)

@@ -198,22 +198,13 @@ class RouterSession:
                 self.changed.clear()
                 await self.changed.wait()
 
-    async def until_free(self) -> None:
-        """Until the worker reports that it holds no block and runs nothing."""
-
-        def free() -> bool:
-            load = self.load
-            return (
-                load is not None
-                and load.num_free_blocks == load.num_total_blocks
-                and not (load.num_running or load.num_waiting or load.num_exported_blocks)
-            )
-
-        await self.until(free)
-
     def break_off(self) -> None:
         """As if this router's process had died."""
         self._stream.cancel()
+
+    async def half_close(self) -> None:
+        """No more requests; reading goes on."""
+        await self._stream.done_writing()
 
     async def close(self) -> None:
         if self._reader is not None:
@@ -251,15 +242,9 @@ class PairRequest:
         if self.first.prompt is not None and not self._outputs_sent and not self.first.done:
             self._outputs_sent = True
             outputs = tuple(
-                FirstOutput(tuple(self._outputs_of(c)), c in self.first.finishes) for c in range(self.first.n)
+                FirstOutput(tuple(self.first.output(c)), c in self.first.finishes) for c in range(self.first.n)
             )
             self._relay(Relay(self.rest.handle, outputs=outputs))
-
-    def _outputs_of(self, choice: int) -> list[int]:
-        return [
-            *(self.request.output_token_ids[choice] if self.request.output_token_ids else ()),
-            *self.first.output(choice),
-        ]
 
     def _relay(self, relay: Relay) -> None:
         self._decode.send(RouterUpdate(relays=[self.change_relay(relay)]))

@@ -17,6 +17,8 @@ from worker_pair import (
     running,
     running_pair,
     sim_builder,
+    until,
+    until_free,
 )
 
 from pdserve.errors import (
@@ -29,7 +31,7 @@ from pdserve.errors import (
     StaleBlock,
     TicketRefused,
 )
-from pdserve.types import FinishReason, Phase, Request, SamplingParams
+from pdserve.types import FinishReason, Phase, SamplingParams
 from pdserve.wire.handover import decode_manifest, decode_ticket, encode_ticket
 from pdserve.wire.session import Relay
 
@@ -42,7 +44,7 @@ async def test_one_worker_alone_gives_the_expected_tokens() -> None:
         request = make_request(length=300, max_tokens=12)
         reply = router.submit(request, Phase.FULL)
         assert await reply.result() == expected(request)
-        await router.until_free()
+        await until_free(worker)
         await router.close()
 
 
@@ -189,26 +191,22 @@ async def test_cancel_in_the_middle_of_decode(transport: str) -> None:
 @TRANSPORTS
 async def test_cancel_during_a_pull_frees_the_target_only_after_the_read_has_ended(transport: str) -> None:
     async with running_pair([transport]) as pair:
-        gate = Gate().install(pair.decode_worker)
+        worker = pair.decode_worker
+        gate = Gate().install(worker)
         handed = pair.start(make_request(length=200))
         await gate.reached()
-        pool = pair.decode_worker.port.pool
         handed.cancel()
-        await pair.prefill.until_free()  # the exporter's side is fenced by generations and frees at once
-        other = make_request("other", length=7000)  # would need every block of the pool
-        crowd = pair.decode.submit(replace(other, prompt_token_ids=prompt(7000)), Phase.FULL)
-        before = pool.generations.copy()
-        await pair.decode.until(lambda: pair.decode.load is not None and pair.decode.load.num_free_blocks < 512)
-        held = pair.decode.load
-        assert held.num_free_blocks < held.num_total_blocks
+        await until_free(pair.prefill_worker)  # the exporter is fenced by generations and frees at once
+        await until(lambda: len(worker.jobs) == 0)
+        crowd = make_request("crowd", length=8000)  # needs the blocks that the pull still writes into
+        reply = pair.decode.submit(crowd, Phase.FULL)
+        await until(lambda: len(worker.jobs) == 1)
+        load = await worker.engine.call(lambda engine: engine.load())
+        assert (load.num_waiting, load.num_running) == (1, 0)
+        assert load.num_total_blocks - load.num_free_blocks >= 13
         gate.open.set()
-        assert await crowd.result() == expected(crowd_request(other))
-        assert (pool.generations >= before).all()
+        assert await reply.result() == expected(crowd)
         await pair.until_free()
-
-
-def crowd_request(other: Request) -> Request:
-    return replace(other, prompt_token_ids=prompt(7000))
 
 
 async def test_a_deadline_during_a_pull_ends_the_request_at_once_and_the_blocks_later() -> None:
@@ -220,8 +218,8 @@ async def test_a_deadline_during_a_pull_ends_the_request_at_once_and_the_blocks_
             await handed.rest.result()
         assert caught.value.leg == "transfer"
         gate.open.set()
-        await pair.decode.until_free()
-        await pair.prefill.until_free()
+        await until_free(pair.decode_worker)
+        await until_free(pair.prefill_worker)
 
 
 # ---- what must fail closed ----
@@ -286,7 +284,7 @@ async def test_a_ticket_that_nobody_used_expires_and_frees_its_blocks() -> None:
     async with running_pair(prefill_overrides={"ticket_lease_s": 0.3}) as pair:
         handed = pair.start(make_request(), lambda p: setattr(p, "hold_back", True))
         await handed.first.until(lambda: handed.first.prompt is not None)
-        await pair.prefill.until_free()
+        await until_free(pair.prefill_worker)
         handed.hold_back = False
         handed.pump()
         await _fails(pair, handed, TicketRefused)
@@ -336,23 +334,20 @@ async def test_a_router_that_dies_frees_its_requests_on_both_workers() -> None:
     async with running_pair(prefill_build=slow, decode_build=slow) as pair:
         for i in range(4):
             pair.start(make_request(f"d{i}", length=400, max_tokens=100))
-        await pair.decode.until(lambda: pair.decode_worker.kv_bytes_pulled > 0)
-        watchers = [await RouterSession.open(w.address, "watcher") for w in (pair.prefill_worker, pair.decode_worker)]
+        await until(lambda: pair.decode_worker.kv_bytes_pulled > 0)
         pair.prefill.break_off()
         pair.decode.break_off()
-        for watcher in watchers:
-            await watcher.until_free()
-            await watcher.close()
+        await pair.until_free()
 
 
 async def test_decode_streams_death_lets_prefill_free_at_once() -> None:
     async with running_pair() as pair:
         gate = Gate().install(pair.decode_worker)
-        handed = pair.start(make_request(length=300))
+        pair.start(make_request(length=300))
         await gate.reached()
         pair.decode.break_off()
         gate.open.set()
-        await pair.prefill.until_free()  # decode released it, long before the lease
+        await until_free(pair.prefill_worker)  # decode released it, long before the lease
 
 
 async def test_a_prefill_worker_that_stops_gives_its_requests_a_typed_error() -> None:
@@ -364,4 +359,4 @@ async def test_a_prefill_worker_that_stops_gives_its_requests_a_typed_error() ->
             await handed.first.result()
         assert caught.value.retryable
         handed.cancel()
-        await pair.decode.until_free()
+        await until_free(pair.decode_worker)

@@ -130,6 +130,29 @@ async def running(
         await worker.stop()
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that nobody announces."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def until_free(*workers: Worker) -> None:
+    """Until the engines hold no block and no part of the workers knows a request; then the books must balance."""
+    async with asyncio.timeout(20):
+        for worker in workers:
+            while not await _is_free(worker):  # noqa: ASYNC110 - nobody announces it
+                await asyncio.sleep(0.005)
+            await worker.engine.call(lambda engine: engine.check_integrity())
+
+
+async def _is_free(worker: Worker) -> bool:
+    load = await worker.engine.call(lambda engine: engine.load())
+    in_engine = load.num_running + load.num_waiting + load.num_exported_blocks
+    in_worker = len(worker.jobs) + len(worker.exporter) + len(worker.puller)
+    return load.num_free_blocks == load.num_total_blocks and not in_engine and not in_worker
+
+
 @dataclass
 class Pair:
     """A prefill and a decode worker, and one router's sessions with them."""
@@ -147,9 +170,15 @@ class Pair:
     async def run(self, request: Request) -> list[int]:
         return await self.start(request).result()
 
-    async def until_free(self) -> None:
-        await self.prefill.until_free()
-        await self.decode.until_free()
+    async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that nobody announces."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def until_free(self) -> None:
+        await until_free(self.prefill_worker, self.decode_worker)
 
 
 @asynccontextmanager
