@@ -170,14 +170,7 @@ class Pair:
     async def run(self, request: Request) -> list[int]:
         return await self.start(request).result()
 
-    async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that nobody announces."""
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-
-
-async def until_free(self) -> None:
+    async def until_free(self) -> None:
         await until_free(self.prefill_worker, self.decode_worker)
 
 
