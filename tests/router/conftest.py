@@ -31,6 +31,7 @@ from router.scheduling.scheduler import Scheduler, least_loaded
 from worker_core.worker import Worker
 
 VOCAB_SIZE = 1024
+PATIENT = Timeouts(10, 10, 10)
 EOS = 0
 MODEL = ModelInfo("tiny", "r1", "t1", max_model_len=4096, vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
 TEMPLATE = (
