@@ -153,7 +153,7 @@ class KVHandover(Protocol):
 
     def resume(self, handle: int, output_token_ids: Sequence[Sequence[int]], finished: Sequence[bool]) -> None:
         """All chunks are committed: go on decoding after these outputs (one sequence a choice, as prefill sampled
-        them); choices marked finished are not run."""
+        them; they follow the request's own `output_token_ids`); choices marked finished are not run."""
         ...
 
 

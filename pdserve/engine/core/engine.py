@@ -50,6 +50,7 @@ class LocalEngine:
         self._finishes: list[Finish] = []
         """To be told with the next step: of choices that ended before they ran."""
         self._arrivals = 0
+        self._in_flight = False
         self._ended_in_flight = False
         """A choice ended since `schedule`, so the batch may hold work that nobody wants."""
         self._closed = False
@@ -146,8 +147,10 @@ class LocalEngine:
         return self.finish(self.schedule())
 
     def schedule(self) -> Batch:
-        """What the next step computes. `finish` must follow before the next `schedule`."""
-        self._ended_in_flight = False
+        """What the next step computes. Raises `RuntimeError` unless `finish` was called for the one before."""
+        if self._in_flight:
+            raise RuntimeError("finish the batch that was scheduled before the next one is")
+        self._in_flight, self._ended_in_flight = True, False
         batch = self._scheduler.schedule()
         if batch.copy_sources:
             self._runner.copy_blocks(batch.copy_sources, batch.copy_targets)
@@ -159,6 +162,7 @@ class LocalEngine:
 
     def finish(self, batch: Batch) -> StepResult:
         """Run the batch, but for what ended since it was scheduled."""
+        self._in_flight = False
         result = StepResult()
         items = self._still_wanted(batch.items) if self._ended_in_flight else batch.items
         if items:
@@ -270,12 +274,9 @@ class LocalEngine:
         self._exports.release(handle, chunk_index)
         self._scheduler.stuck = False
         group = self._groups.get(handle)
-        if (
-            group is not None
-            and group.phase is Phase.PREFILL
-            and group.context_done
-            and not self._exports.holds(handle)
-        ):
+        if group is None or group.phase is not Phase.PREFILL:
+            return
+        if group.context_done and not self._exports.holds(handle):
             self._close_group(group)
 
     def import_blocks(self, handle: int, first_token: int, num_tokens: int) -> ImportTarget | None:
@@ -287,6 +288,7 @@ class LocalEngine:
             if not self._scheduler.open_reserved(carrier, incoming.reservation):
                 return None
             incoming.begin(carrier.block_table, carrier.num_published)
+            self._scheduler.stuck = False
         return incoming.open(first_token, num_tokens)
 
     def import_commit(self, handle: int, first_token: int, num_tokens: int) -> None:

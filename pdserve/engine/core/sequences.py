@@ -159,9 +159,11 @@ def check_request(request: Request, phase: Phase, model: ModelInfo, block_tokens
         raise InvalidRequest(f"{len(outputs)} outputs were given for n = {params.n}", param="output_token_ids")
     if request.block_keys and len(request.block_keys) != len(prompt) // block_tokens * KEY_BYTES:
         raise InvalidRequest(f"one key for each full block of {block_tokens} tokens is needed", param="block_keys")
-    if len(prompt) >= model.max_model_len:
+    longest = len(prompt) + max(map(len, outputs), default=0)
+    if len(prompt) >= model.max_model_len or longest > model.max_model_len:
         raise ContextLengthExceeded(
-            f"the prompt has {len(prompt)} tokens; this worker takes at most {model.max_model_len - 1}", param="prompt"
+            f"the request has {longest} tokens; this worker takes at most {model.max_model_len}, one to sample included",
+            param="prompt",
         )
     if phase is not Phase.FULL and params.n > 1 and any(outputs):
         raise NotSupported(

@@ -219,7 +219,7 @@ def test_low_priority_is_preempted_first(bench):
 def test_a_prompt_that_never_fits_is_refused_at_once(bench):
     b = bench(4, max_model_len=512)
     assert b.engine.model.max_model_len == 16
-    with pytest.raises(ContextLengthExceeded, match="at most 15"):
+    with pytest.raises(ContextLengthExceeded, match="at most 16"):
         b.submit(prompt_of(16))
     b.submit(prompt_of(15), max_tokens=9)
     assert b.drain().finishes[0].reason is FinishReason.LENGTH
@@ -359,6 +359,16 @@ def test_what_ends_between_schedule_and_finish_is_not_run(bench, alone):
     said = b.drain()
     assert said.tokens == {2: alone(request)[1], 5: alone(late)[0]}
     b.assert_empty()
+
+
+def test_a_second_batch_needs_the_first_one_finished(bench):
+    b = bench()
+    b.submit(prompt_of(9), max_tokens=5)
+    batch = b.engine.schedule()
+    with pytest.raises(RuntimeError, match="finish"):
+        b.engine.schedule()
+    b.engine.finish(batch)
+    b.engine.schedule()
 
 
 def test_close_can_be_called_twice(bench):

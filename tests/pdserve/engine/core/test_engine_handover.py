@@ -2,7 +2,7 @@
 
 import pytest
 
-from pdserve.errors import HandoverError, InvalidRequest
+from pdserve.errors import ContextLengthExceeded, HandoverError, InvalidRequest
 from pdserve.types import FinishReason, Phase
 
 
@@ -367,6 +367,13 @@ def test_outputs_that_end_a_choice_are_finished_at_once(bench):
     d.engine.resume(0, [first], [False])
     assert d.drain().finishes[0].reason is FinishReason.LENGTH
     assert 0 not in d.said.tokens
+    d.assert_empty()
+
+
+def test_a_context_that_can_never_fit_is_not_waited_for(bench):
+    d = bench(4, max_model_len=16)
+    with pytest.raises(ContextLengthExceeded):
+        d.submit(prompt_of(10), outputs=[prompt_of(7)], phase=Phase.DECODE)
     d.assert_empty()
 
 
