@@ -15,6 +15,7 @@ from typing import Any
 
 from vllm import SamplingParams
 from vllm.config import VllmConfig
+from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -176,8 +177,11 @@ class VllmDriver:
             await self._relay(job)
         except EngineDeadError as error:
             self._events.put(Event(job, error=EngineFailed(f"vLLM died: {error}"), ended=True))
+        except (VLLMClientError, ValueError) as error:
+            self._events.put(Event(job, error=InvalidRequest(str(error)), ended=True, reached_vllm=False))
         except Exception as error:  # noqa: BLE001 - becomes the end of this request
-            self._events.put(Event(job, error=error, ended=True, reached_vllm=job.stream is not None))
+            failure = RequestFailed(f"vLLM failed on this request: {error}")
+            self._events.put(Event(job, error=failure, ended=True, reached_vllm=job.stream is not None))
         finally:
             if job.stream is not None:
                 job.stream.close()

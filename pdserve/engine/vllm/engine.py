@@ -12,6 +12,7 @@ token is computed again, because vLLM samples only from a step.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -381,6 +382,8 @@ class VllmEngine:
 
 def _import_vllm() -> tuple[Any, Any, Any]:
     """Only an engine that is made needs vLLM. Raises `ConfigError`."""
+    # A worker's stdout is for its ready line; nobody reads on, and vLLM's processes would stall on a full pipe.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:
         from pdserve.engine.vllm.driver import VllmDriver
         from pdserve.engine.vllm.model import finish_config, plan_model

