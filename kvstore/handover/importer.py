@@ -10,7 +10,8 @@ error ends the request (`Failed`), tells the exporter, and frees the local block
 writes into them has ended (`FreeLocal`).
 
 Prefill may be retried elsewhere: a new ticket replaces the old one as long as no chunk is committed. Afterwards it
-ends the request: committed blocks may have been read and cached already, and must not be written again.
+ends the request (committed blocks may have been read and cached already, and must not be written again), unless all
+KV is here and only the first outputs are missing.
 """
 
 from __future__ import annotations
@@ -197,8 +198,10 @@ class ImportLedger:
             raise FingerprintMismatch("the KV layouts of the two workers differ: serve the same model and dtype")
         if ticket.num_prompt_tokens != request.num_prompt_tokens:
             raise HandoverError("the ticket is for a prompt of another length")
-        actions = self._drop_ticket(request)
         request.seen.add(identity)
+        if request.complete:  # only first outputs are missing: the new prefill need not keep its KV for us
+            return [ReleaseRemote(ticket, None)]
+        actions = self._drop_ticket(request)
         request.ticket = ticket
         request.progress_at = now = self._clock()
         request.renew_at = now + ticket.lease_ms / 3000

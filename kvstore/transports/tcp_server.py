@@ -37,6 +37,8 @@ from pdserve.errors import HandoverError, PeerLost
 _LOG = logging.getLogger(__name__)
 MAX_CONNECTIONS = 1024
 """Connections a server: each is a thread. Beyond, new ones are closed at once and the peer retries elsewhere."""
+_ACCEPT_PAUSE_S = 0.2
+"""After a failed accept (out of descriptors): the next one would fail as well."""
 _HELLO_TIMEOUT_S = 5.0
 """A stranger that connects and stays silent is dropped after this."""
 
@@ -71,7 +73,7 @@ class TcpServer:
         self._regions: dict[int, ServedRegion] = {}
         self._strangers: set[Stream] = set()
         self._num_connections = 0
-        self._closed = False
+        self._closing = threading.Event()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family, backlog=128)
         self.port: int = self._listener.getsockname()[1]
@@ -99,7 +101,7 @@ class TcpServer:
     def close(self) -> None:
         """Stop listening, abort transfers, join the threads. Idempotent."""
         with self._lock:
-            self._closed = True
+            self._closing.set()
             region_ids, strangers = list(self._regions), list(self._strangers)
         try:
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -117,9 +119,10 @@ class TcpServer:
             try:
                 sock, _ = self._listener.accept()
             except OSError as error:
-                if self._closed:
+                if self._closing.is_set():
                     return
                 _LOG.warning("kv tcp server cannot accept: %s", error)
+                self._closing.wait(_ACCEPT_PAUSE_S)
                 continue
             with self._lock:
                 full = self._num_connections >= MAX_CONNECTIONS
@@ -160,7 +163,7 @@ class TcpServer:
     def _authenticate(self, stream: Stream) -> ServedRegion:
         """The region whose token the peer shows. Raises `PeerLost` after a refusal."""
         with self._lock:
-            if self._closed:
+            if self._closing.is_set():
                 raise PeerLost("the server is closed")
             self._strangers.add(stream)
         try:
@@ -191,6 +194,8 @@ def _answer(stream: Stream, region: ServedRegion) -> None:
     magic, operation, _, num_ranges, _, payload = REQUEST.unpack(stream.receive_bytes(REQUEST.size))
     if magic != MAGIC or operation not in (READ, WRITE) or num_ranges > MAX_RANGES:
         raise PeerLost("a peer sent a malformed request")
+    if operation == WRITE and region.memory.readonly:
+        raise PeerLost("a peer wants to write read-only memory")
     table = np.frombuffer(stream.receive_bytes(num_ranges * RANGE_BYTES), dtype="<u8").reshape(-1, 2)
     views = _views(region.memory, table, payload)
     if operation == READ:

@@ -515,29 +515,32 @@ class World:
         for d in self.decode.values():
             d.do(d.ledger.tick())
 
-    def run(self, max_rounds: int = 1000) -> None:
-        """A perfect network and busy workers, until nothing moves."""
-        for _ in range(max_rounds):
-            if not self.move():
+    def run(self, double: bool = False) -> None:
+        """No loss, busy workers, until nothing moves; `double` delivers every message twice."""
+        for _ in range(1000):
+            if not self.move(double):
                 return
         raise AssertionError("the world does not come to rest")
 
-    def move(self) -> bool:
-        before = (len(self.wire), self.nonces, len(self.resumed), sum(len(d.pulls) for d in self.decode.values()))
+    def move(self, double: bool) -> bool:
+        """One step of everybody; whether anybody had something to do."""
         moved = bool(self.wire)
-        while self.wire:
-            self.deliver()
+        for _ in range(len(self.wire)):
+            message = self.wire.pop(0)
+            message.deliver()
+            if double:
+                message.deliver()
         for p in self.prefill.values():
             for handle, job in list(p.engine.jobs.items()):
                 done = job.done_tokens
                 p.step(handle)
-                moved |= handle in p.engine.jobs and p.engine.jobs[handle].done_tokens != done
+                moved |= job.done_tokens != done
         for d in self.decode.values():
             d.try_reserves()
             for pull_id in list(d.pulls):
                 d.run_pull(pull_id)
                 moved = True
-        return moved or bool(self.wire) or before[0] != 0
+        return moved or bool(self.wire)
 
     def settle(self) -> None:
         """The network is dead from now on; running pulls end; then only time passes."""

@@ -176,6 +176,16 @@ def test_prefill_cannot_be_replaced_after_a_commit(ledger: ImportLedger) -> None
     assert rest == [act.ReleaseRemote(ticket(), None), act.FreeLocal(1)]
 
 
+def test_prefill_retried_when_only_outputs_are_missing_gives_them(ledger: ImportLedger) -> None:
+    t, new = ticket(tokens=16), ticket(2, tokens=16)
+    ledger.expect(1, 16)
+    ledger.relay(1, t, [manifest(0, final=True, t=t)])
+    reserve(ledger, 1, 0, cached=1)
+    assert ledger.relay(1, new) == [act.ReleaseRemote(new, None)]
+    assert ledger.relay(1, None, [manifest(0, final=True, t=new)]) == []
+    assert ledger.relay(1, outputs=OUT)[0] == act.Resume(1, ((42,),), (False,))
+
+
 def test_a_failed_pull_fails_the_request_and_frees_when_the_last_pull_ended(ledger: ImportLedger) -> None:
     first = start(ledger)
     ledger.relay(1, None, [manifest(1, final=True)])

@@ -112,6 +112,17 @@ def test_a_malformed_request_ends_the_connection_and_touches_nothing(
     peer.read([Range(0, 0, 8)], np.zeros(8, dtype=np.uint8))
 
 
+def test_read_only_memory_can_be_read_and_not_written(transport: TcpTransport, memory: np.ndarray) -> None:
+    memory.flags.writeable = False
+    region = transport.register(memory)
+    peer = transport.connect(region.descriptor)
+    local = np.zeros(8, dtype=np.uint8)
+    peer.read([Range(0, 0, 8)], local)
+    assert (local == memory[:8]).all()
+    with pytest.raises(PeerLost):
+        peer.write([Range(0, 0, 8)], local)
+
+
 def test_a_peer_that_speaks_another_protocol_is_lost(region: Region, transport: TcpTransport) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
