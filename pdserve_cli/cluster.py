@@ -137,16 +137,17 @@ class Cluster:
         await self._wait_answering()
         self.started_s = time.monotonic() - begun
 
-    async def start_worker(self, role: str, index: int) -> Member:
-        """One more worker (or a dead one's successor); the router doesn't know it unless it dials its address."""
-        return await self._start_worker(role, index)
+    async def restart_worker(self, dead: Member) -> Member:
+        """A dead worker's successor on its address, where the router finds it."""
+        return await self._start_worker(dead.role, int(dead.name.rpartition("-")[2]), {"listen": dead.ready["address"]})
 
-    async def _start_worker(self, role: str, index: int) -> Member:
+    async def _start_worker(self, role: str, index: int, overrides: Mapping[str, object] | None = None) -> Member:
         config = {
             "worker_id": f"{role}-{index}",
             "engine": self.spec.engine,
             "model": self.spec.model,
             **self.spec.worker,
+            **(overrides or {}),
         }
         command = [self.spec.python, "-m", f"{role}_worker", *_sets(config)]
         member = await self._spawn(f"{role}-{index}", role, command)
