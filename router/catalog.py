@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+
+from router.scheduling.scheduler import Pick
 
 
 @dataclass(slots=True)
@@ -19,7 +21,8 @@ class Record:
     decode_worker: str | None = None
     prefill_incarnation: int | None = None
     decode_incarnation: int | None = None
-    reasons: tuple[str, ...] = ()
+    picks: tuple[Pick, ...] = ()
+    """Why these workers: `reasons` has it in words."""
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
@@ -32,7 +35,15 @@ class Record:
     ended_s: float | None = None
     outcome: str = ""
     """"ok", "cancelled", or the reason of the error that ended it."""
-    finish_reasons: list[str] = field(default_factory=list)
+    finish_reasons: tuple[str, ...] = ()
+    """By choice; empty where one had not ended."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values, for JSON."""
+        plain = asdict(self)
+        plain["reasons"] = [reason for pick in self.picks for reason in pick.reasons()]
+        del plain["picks"]
+        return plain
 
 
 class Catalog:

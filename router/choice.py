@@ -55,6 +55,7 @@ class Choice:
         "ended",
         "index",
         "num_tokens",
+        "reason",
     )
 
     def __init__(
@@ -63,6 +64,7 @@ class Choice:
         self.index = index
         self.num_tokens = 0
         self.ended = False
+        self.reason: FinishReason | None = None
         self._detokenizer = detokenizer
         self._push = detokenizer.push
         self._options = options
@@ -158,6 +160,7 @@ class Choice:
 
     def _close(self, reason: FinishReason, stop: str | int | None, *, by_router: bool) -> None:
         self.ended = True
+        self.reason = reason
         self._plain = False
         self._early.clear()
         self._sink.on_finish(self.index, reason, stop)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from pdserve.errors import InvalidRequest, ModelNotFound, NoWorker, PdserveError
 from pdserve.metrics import RouterMetrics
@@ -42,6 +42,16 @@ class CoreOptions:
     num_records: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What one state of the fleet means. `bounds` None: nobody has the model; `not_servable`: why it can't be used."""
+
+    version: int
+    bounds: Bounds | None
+    models: tuple[ModelInfo, ...]
+    not_servable: str | None
+
+
 class RouterCore:
     """Made on the loop that it runs on."""
 
@@ -55,13 +65,14 @@ class RouterCore:
         self._tokenizer = tokenizer
         self._fleet = fleet
         self._scheduler = scheduler
-        self._observer = Observer(metrics, options.model)
+        self._observer = Observer(metrics, options.model, lambda: self.admission.num_inflight)
         self._prompts = PromptMaker(tokenizer, options.block_tokens, options.secret)
         self._active: dict[str, ActiveRequest] = {}
         self._deadlines = Deadlines(loop)
         self._around = Surroundings(loop, self._deadlines, options.timeouts, self._on_end)
         self._idle = asyncio.Event()
         self._idle.set()
+        self._known = _Known(-1, None, (), None)
 
     # ---- Core ----
 
@@ -74,11 +85,7 @@ class RouterCore:
             raise
 
     def models(self) -> Sequence[ModelInfo]:
-        model = self._fleet.model(self._options.model)
-        if model is None or self._why_not_servable() is not None:
-            return []
-        aliases = [replace(model, name=alias) for alias in self._options.aliases if self._canonical(alias) is not None]
-        return [model, *aliases]
+        return self._now().models
 
     def token_text(self, model: str, token_id: int) -> tuple[str, bytes]:
         return self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id)
@@ -86,11 +93,11 @@ class RouterCore:
     def ready(self) -> str | None:
         if self.admission.draining:
             return "draining"
-        return self._why_not_servable()
+        return self._now().not_servable
 
     def record(self, request_id: str) -> dict[str, object] | None:
         found = self.catalog.find(request_id)
-        return None if found is None else asdict(found)
+        return None if found is None else found.as_dict()
 
     # ---- life of the process ----
 
@@ -128,7 +135,7 @@ class RouterCore:
             raise
         self._active[request.request_id] = active
         self._idle.clear()
-        self._observer.admitted(active.record, self.admission.num_inflight)
+        self._observer.admitted(active.record)
         return active
 
     def _canonical(self, name: str) -> str | None:
@@ -143,22 +150,19 @@ class RouterCore:
             raise ModelNotFound(
                 f"the model {name!r} does not exist; this router serves {self._options.model!r}", param="model"
             )
-        model = self._fleet.model(canonical)
-        if model is None:
+        bounds = self._now().bounds
+        if bounds is None:
             raise NoWorker(f"no worker for {canonical} is connected", leg="router", retry_after_s=1.0)
-        rooms = [link.info.num_blocks * link.info.block_tokens for link in self._fleet.of_model(canonical, Role.DECODE)]
-        return Bounds(model, min(model.max_model_len, max(rooms, default=model.max_model_len)))
+        return bounds
 
     def _place(self, request: Request) -> Placed[Link]:
         """One token is prefill's alone: a decode worker would have nothing to do."""
         max_tokens = request.params.max_tokens or 0
-        need = Need(request.model, Role.DECODE, len(request.prompt_token_ids), max_tokens)
-        links = self._fleet.links
-        if not self._options.disaggregate:
-            return self._scheduler.place_one(links, need)
-        if max_tokens == 1:
-            return self._scheduler.place_one(links, replace(need, role=Role.PREFILL))
-        return self._scheduler.place_pair(links, need)
+        alone = not self._options.disaggregate or max_tokens == 1
+        role = Role.PREFILL if alone and self._options.disaggregate else Role.DECODE
+        need = Need(role, request.model, len(request.prompt_token_ids), max_tokens)
+        place = self._scheduler.place_one if alone else self._scheduler.place_pair
+        return place(self._fleet.links, need)
 
     def _active_request(
         self, incoming: Incoming, request: Request, sink: Sink, placed: Placed[Link], arrived: float
@@ -174,7 +178,7 @@ class RouterCore:
         )
 
     def _record(self, incoming: Incoming, request: Request, placed: Placed[Link]) -> Record:
-        record = Record(request.request_id, request.model, "", time.time(), reasons=placed.reasons)
+        record = Record(request.request_id, request.model, "", time.time(), picks=placed.picks)
         record.num_prompt_tokens = len(request.prompt_token_ids)
         record.num_choices = request.params.n
         record.seed = request.params.seed
@@ -202,10 +206,28 @@ class RouterCore:
     def _on_end(self, active: ActiveRequest) -> None:
         self._active.pop(active.request_id, None)
         self.admission.leave(active.record.ended_s or 0.0)
-        self._observer.ended(active.record, self.admission.num_inflight)
+        self._observer.ended(active.record)
         self.catalog.add(active.record)
         if not self._active:
             self._idle.set()
+
+    # ---- what the fleet can serve, looked at again only when it has changed ----
+
+    def _now(self) -> _Known:
+        if self._known.version != self._fleet.version:
+            model = self._fleet.model(self._options.model)
+            bounds = None if model is None else self._bounds_of(model)
+            not_servable = self._why_not_servable()
+            names = (self._options.model, *self._options.aliases) if model is not None and not_servable is None else ()
+            listed = tuple(replace(model, name=name) for name in names) if model is not None else ()
+            self._known = _Known(self._fleet.version, bounds, listed, not_servable)
+        return self._known
+
+    def _bounds_of(self, model: ModelInfo) -> Bounds:
+        rooms = [
+            link.info.num_blocks * link.info.block_tokens for link in self._fleet.of_model(model.name, Role.DECODE)
+        ]
+        return Bounds(model, min([model.max_model_len, max(rooms, default=model.max_model_len)]))
 
     def _why_not_servable(self) -> str | None:
         model = self._options.model

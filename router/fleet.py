@@ -50,6 +50,8 @@ class Fleet:
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._watcher: asyncio.Task[None] | None = None
         self.links: list[Link] = []
+        self.version = 0
+        """Grows with every change of `links` and of what a worker says of itself."""
 
     def start(self) -> None:
         self._watcher = asyncio.create_task(self._watch())
@@ -82,6 +84,10 @@ class Fleet:
         """A model's bounds, the tightest of its workers'; None while nobody serves it."""
         infos = [link.info for link in self.links if link.info.model.name == name]
         return min((info.model for info in infos), key=lambda model: model.max_model_len, default=None)
+
+    def _changed(self) -> None:
+        self.version += 1
+        self._on_change()
 
     # ---- sessions ----
 
@@ -123,7 +129,7 @@ class Fleet:
             stream.cancel()
             raise
         self.links.append(link)
-        self._on_change()
+        self._changed()
         log.info("worker %s (%s) at %s is connected", link.info.worker_id, link.info.role.value, channel.address)
         try:
             await link.run()
@@ -133,7 +139,7 @@ class Fleet:
             self.links.remove(link)
             if not link.draining:
                 self._on_lost(link)
-            self._on_change()
+            self._changed()
 
     async def _greet(self, stream: SessionStream, address: str) -> Link:
         try:
@@ -144,7 +150,7 @@ class Fleet:
         if update is None or update.hello is None:
             raise ProtocolMismatch(f"the worker at {address} did not begin with a hello")
         common_version(update.hello.protocol_min, update.hello.protocol_max)
-        link = Link(update.hello.worker, stream, self._hello, self._on_change)
+        link = Link(update.hello.worker, stream, self._hello, self._changed)
         if update.draining:
             link.draining = True
         return link

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from prometheus_client import Counter
@@ -17,8 +17,9 @@ from router.session import Link
 class Observer:
     """Metrics of one served model."""
 
-    def __init__(self, metrics: RouterMetrics, model: str) -> None:
+    def __init__(self, metrics: RouterMetrics, model: str, num_inflight: Callable[[], int]) -> None:
         self._metrics = metrics
+        metrics.inflight.set_function(num_inflight)
         self._model = model
         self._ttft = metrics.ttft.labels(model)
         self._itl = metrics.itl.labels(model)
@@ -32,8 +33,7 @@ class Observer:
         self._placed = lru_cache(maxsize=1024)(lambda worker_id, role: metrics.placements.labels(worker_id, role))
         self._ended = lru_cache(maxsize=64)(self._bind_ended)
 
-    def admitted(self, record: Record, num_inflight: int) -> None:
-        self._metrics.inflight.set(num_inflight)
+    def admitted(self, record: Record) -> None:
         self._prompt_tokens.inc(record.num_prompt_tokens)
         self._prompt_length.observe(record.num_prompt_tokens)
         for worker_id, role in ((record.prefill_worker, "prefill"), (record.decode_worker, "decode")):
@@ -44,10 +44,10 @@ class Observer:
         """It never reached a worker."""
         self._ended(error.reason).inc()
 
-    def ended(self, record: Record, num_inflight: int) -> None:
-        self._metrics.inflight.set(num_inflight)
+    def ended(self, record: Record) -> None:
         self._ended(record.outcome).inc()
-        self._cached_tokens.inc(record.num_cached_tokens)
+        if record.num_cached_tokens:
+            self._cached_tokens.inc(record.num_cached_tokens)
         self._output_tokens.inc(record.num_output_tokens)
         if record.outcome == "ok":
             self._observe_times(record)

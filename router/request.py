@@ -225,6 +225,7 @@ class ActiveRequest:
             if leg is not None:
                 leg.forget() if over or self._is_pulled(leg) else leg.cancel()
         self.record.outcome = outcome
+        self.record.finish_reasons = tuple([_name(choice) for choice in self.choices])
         self.record.num_output_tokens = self.num_output_tokens
         self.record.ended_s = self._age()
         self._around.on_end(self)
@@ -232,3 +233,7 @@ class ActiveRequest:
     def _is_pulled(self, leg: Leg) -> bool:
         """Prefill's blocks are decode's business once decode runs: it has released them."""
         return leg is self._prefill and self._running is self._decode and self._running is not None
+
+
+def _name(choice: Choice) -> str:
+    return "" if choice.reason is None else choice.reason.name.lower()

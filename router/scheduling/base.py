@@ -48,8 +48,8 @@ class Need:
     """What is to be placed. Token counts size the work; `partner` is the worker that has the other half, if one is
     chosen already."""
 
-    model: str
     role: Role
+    model: str
     num_prompt_tokens: int
     max_tokens: int
     partner: WorkerInfo | None = None

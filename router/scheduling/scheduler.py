@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from pdserve.errors import NoWorker
@@ -29,12 +29,36 @@ MAX_NAMED_REFUSALS = 8
 
 
 @dataclass(frozen=True, slots=True)
+class Pick:
+    """Why a worker was taken for a role; put into words only when somebody asks."""
+
+    role: str
+    worker_id: str
+    num_passed: int
+    num_workers: int
+    scores: tuple[tuple[str, float], ...]
+
+    def reasons(self) -> list[str]:
+        scores = [f"{self.role}.{name}={score:.3f}" for name, score in self.scores]
+        return [
+            f"{self.role}={self.worker_id}",
+            f"{self.role}.candidates={self.num_passed}/{self.num_workers}",
+            *scores,
+        ]
+
+
+@dataclass(frozen=True, slots=True)
 class Placed(Generic[WorkerT]):
     """`prefill` is None where decode does everything, `decode` where prefill does."""
 
     prefill: WorkerT | None
     decode: WorkerT | None
-    reasons: tuple[str, ...]
+    picks: tuple[Pick, ...]
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Machine-readable: "decode=w1", "decode.candidates=2/3", "decode.least_context_tokens=0.75", ..."""
+        return tuple(reason for pick in self.picks for reason in pick.reasons())
 
 
 def least_loaded(seed: int, block_tokens: int) -> dict[Role, Profile]:
@@ -58,35 +82,30 @@ class Scheduler:
 
     def place_one(self, workers: Sequence[WorkerT], need: Need) -> Placed[WorkerT]:
         """The whole request on one worker of the needed role. Raises `NoWorker`."""
-        worker, reasons = self._choose(workers, need)
-        if need.role is Role.PREFILL:
-            return Placed(worker, None, reasons)
-        return Placed(None, worker, reasons)
+        worker, pick = self._choose(workers, need)
+        return Placed(worker, None, (pick,)) if need.role is Role.PREFILL else Placed(None, worker, (pick,))
 
     def place_pair(self, workers: Sequence[WorkerT], need: Need) -> Placed[WorkerT]:
         """Decode first, for that leg lasts longest; then the prefill worker that suits it. Raises `NoWorker` naming
         the role that is missing."""
         prefills = [w for w in workers if w.info.role is Role.PREFILL]
-        decode_need = replace(need, role=Role.DECODE)
         decodes = [w for w in workers if w.info.role is Role.DECODE and w.info.model.name == need.model]
         partnered = [w for w in decodes if _has_partner(w, prefills)]
-        decode, decode_reasons = self._choose(partnered or workers, decode_need)
-        prefill_need = replace(need, role=Role.PREFILL, partner=decode.info)
-        prefill, prefill_reasons = self._choose(workers, prefill_need)
-        return Placed(prefill, decode, prefill_reasons + decode_reasons)
+        sizes = need.model, need.num_prompt_tokens, need.max_tokens
+        decode, decode_pick = self._choose(partnered or workers, Need(Role.DECODE, *sizes))
+        prefill, prefill_pick = self._choose(workers, Need(Role.PREFILL, *sizes, decode.info))
+        return Placed(prefill, decode, (prefill_pick, decode_pick))
 
-    def _choose(self, workers: Sequence[WorkerT], need: Need) -> tuple[WorkerT, tuple[str, ...]]:
+    def _choose(self, workers: Sequence[WorkerT], need: Need) -> tuple[WorkerT, Pick]:
         profile = self._profiles[need.role]
         passed = [worker for worker in workers if _refusal(profile, worker, need) is None]
         if not passed:
             raise _no_worker(profile, workers, need)
-        role = need.role.value
         totals, parts = _scores(profile, passed, need)
         index = profile.picker.pick(totals)
         chosen = passed[index]
-        reasons = [f"{role}={chosen.info.worker_id}", f"{role}.candidates={len(passed)}/{len(workers)}"]
-        reasons += [f"{role}.{name}={scores[index]:.3f}" for name, scores in parts]
-        return chosen, tuple(reasons)
+        scores = tuple([(name, values[index]) for name, values in parts])
+        return chosen, Pick(need.role.value, chosen.info.worker_id, len(passed), len(workers), scores)
 
 
 def _refusal(profile: Profile, worker: Candidate, need: Need) -> str | None:

@@ -154,7 +154,7 @@ async def test_a_lost_worker_ends_the_stream_with_its_status_after_the_tokens(se
         assert (await call.read()).choices
     await served.house.workers[1]._server._server.stop(0)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async for _ in call:
+        while await call.read():
             pass
     info = error_info(caught.value)
     assert (info.reason, info.metadata["leg"], info.metadata["work_done"]) == ("worker_lost", "decode", "true")

@@ -14,7 +14,7 @@ from router.scheduling.scheduler import Scheduler, least_loaded
 from router.scheduling.scorers import LeastRequests, inverse_of
 
 MODEL = ModelInfo("m", "r", "t", 4096, 1000, (0,))
-NEED = Need("m", Role.DECODE, 100, 50)
+NEED = Need(Role.DECODE, "m", 100, 50)
 
 
 @dataclass
