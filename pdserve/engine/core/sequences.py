@@ -162,7 +162,7 @@ def check_request(request: Request, phase: Phase, model: ModelInfo, block_tokens
     longest = len(prompt) + max(map(len, outputs), default=0)
     if len(prompt) >= model.max_model_len or longest > model.max_model_len:
         raise ContextLengthExceeded(
-            f"the request has {longest} tokens; this worker takes at most {model.max_model_len}, one to sample included",
+            f"the request has {longest} tokens; this worker takes at most {model.max_model_len}, the next one included",
             param="prompt",
         )
     if phase is not Phase.FULL and params.n > 1 and any(outputs):
