@@ -1,7 +1,8 @@
 """A live HTTP server over a core twin: a small real core whose "engine" is a script chosen by the prompt.
 
 Prompts: "raise:REASON" fails at submission, "fail:REASON" before the first token, "break:REASON" after two, "hang"
-gives nothing, "flood" gives 4,000-character tokens until it is cancelled; anything else is answered by words.
+gives nothing, "flood" gives 4,000-character tokens until it is cancelled, "huge" one of 20 MB; anything else
+is answered by words.
 """
 
 from __future__ import annotations
@@ -113,6 +114,9 @@ class TwinCore:
             while True:
                 sink.on_tokens(0, "x" * 4000, (1,), ())
                 yield
+        elif prompt == "huge":
+            sink.on_tokens(0, "x" * 20_000_000, (1,), ())
+            yield from self._end(handle, [1])
         elif prompt == "held back":
             sink.on_tokens(0, "", (1,), ())
             yield

@@ -131,11 +131,14 @@ async def test_chat_logprobs(client: openai.AsyncOpenAI) -> None:
 async def test_chat_logprobs_stream(client: openai.AsyncOpenAI) -> None:
     stream = await client.chat.completions.create(model="twin", messages=HI, logprobs=True, stream=True)
     entries = []
+    roles = []
     async for chunk in stream:
+        roles += [chunk.choices[0].delta.role] if chunk.choices[0].delta.role else []
         if chunk.choices[0].logprobs:
             entries += chunk.choices[0].logprobs.content or []
     assert "".join(entry.token for entry in entries) == WORDS5
     assert all(entry.top_logprobs == [] for entry in entries)
+    assert roles == ["assistant"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
