@@ -62,6 +62,7 @@ class HttpServer:
         self._access_log = access_log
         self._server: asyncio.Server | None = None
         self._sweep: asyncio.TimerHandle | None = None
+        self._leaving: set[Connection] = set()
         self._all_gone = asyncio.Event()
 
     async def start(self, host: str, port: int) -> int:
@@ -75,17 +76,18 @@ class HttpServer:
         return bound
 
     async def drain(self, grace_s: float) -> None:
-        """Stop accepting, let what runs finish; after `grace_s` the rest ends with `Draining` (flushed for at most
-        `linger_s`)."""
+        """Let what runs finish; then, or after `grace_s`, stop accepting and end the rest with `Draining` (flushed for
+        at most `linger_s`). Newcomers are answered until then (the core refuses their requests): a 503 tells probes
+        and balancers more than a reset."""
         self.draining = True
+        for connection in list(self.connections):
+            connection.drain()
+        await self._wait_gone(set(self.connections), grace_s)
         if self._server is not None:
             self._server.close()
         for connection in list(self.connections):
-            connection.drain()
-        if not await self._wait_all_gone(grace_s):
-            for connection in list(self.connections):
-                connection.kill(Draining("The server is going away; send the request again"))
-            await self._wait_all_gone(self.limits.linger_s)
+            connection.kill(Draining("The server is going away; send the request again"))
+        await self._wait_gone(set(self.connections), self.limits.linger_s)
 
     async def close(self) -> None:
         """Drop every connection. Idempotent."""
@@ -94,19 +96,20 @@ class HttpServer:
             self._server.close()
         for connection in list(self.connections):
             connection.abort()
-        await self._wait_all_gone(None)
+        await self._wait_gone(set(self.connections), None)
         if self._sweep is not None:
             self._sweep.cancel()
 
-    async def _wait_all_gone(self, timeout_s: float | None) -> bool:
+    async def _wait_gone(self, leaving: set[Connection], timeout_s: float | None) -> None:
+        """Until these have been lost, or for as long as allowed."""
+        self._leaving = leaving
         self._all_gone.clear()
-        if not self.connections:
-            return True
+        if not leaving:
+            return
         try:
             await asyncio.wait_for(self._all_gone.wait(), timeout_s)
         except TimeoutError:
-            return False
-        return True
+            return
 
     def _run_sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         """The one timer of all connections."""
@@ -129,7 +132,8 @@ class HttpServer:
         )
 
     def gone(self, connection: Connection) -> None:
-        if not self.connections:
+        self._leaving.discard(connection)
+        if not self._leaving:
             self._all_gone.set()
 
 
