@@ -9,9 +9,9 @@ where it ends in `_ms`. Timeouts are always relative: two machines need not agre
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
+from typing import NoReturn
 
 from pdserve.errors import InvalidRequest
 
@@ -67,9 +67,8 @@ class Grammar:
     source: str = ""
 
 
-def _check(ok: bool, param: str, rule: str) -> None:
-    if not ok:
-        raise InvalidRequest(f"{param} {rule}", param=param)
+def _refuse(param: str, rule: str) -> NoReturn:
+    raise InvalidRequest(f"{param} {rule}", param=param)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,38 +107,52 @@ class SamplingParams:
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        _check(1 <= self.n <= MAX_CHOICES, "n", f"must be from 1 to {MAX_CHOICES}")
-        _check(math.isfinite(self.temperature) and 0.0 <= self.temperature <= 2.0, "temperature", "must be from 0 to 2")
-        _check(math.isfinite(self.top_p) and 0.0 < self.top_p <= 1.0, "top_p", "must be above 0 and at most 1")
-        _check(self.top_k >= -1, "top_k", "must be -1, 0 (both: off) or positive")
-        _check(math.isfinite(self.min_p) and 0.0 <= self.min_p <= 1.0, "min_p", "must be from 0 to 1")
-        for name, penalty in (
-            ("presence_penalty", self.presence_penalty),
-            ("frequency_penalty", self.frequency_penalty),
-        ):
-            _check(math.isfinite(penalty) and -2.0 <= penalty <= 2.0, name, "must be from -2 to 2")
-        _check(
-            math.isfinite(self.repetition_penalty) and 0.0 < self.repetition_penalty <= 10.0,
-            "repetition_penalty",
-            "must be above 0 and at most 10",
-        )
+        self._check_draw()
+        self._check_penalties()
+        self._check_ends()
+
+    def _check_draw(self) -> None:
+        if not 1 <= self.n <= MAX_CHOICES:
+            _refuse("n", f"must be from 1 to {MAX_CHOICES}")
+        if not 0.0 <= self.temperature <= 2.0:
+            _refuse("temperature", "must be from 0 to 2")
+        if not 0.0 < self.top_p <= 1.0:
+            _refuse("top_p", "must be above 0 and at most 1")
+        if self.top_k < -1:
+            _refuse("top_k", "must be -1, 0 (both: off) or positive")
+        if not 0.0 <= self.min_p <= 1.0:
+            _refuse("min_p", "must be from 0 to 1")
+        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
+            _refuse("seed", f"must be from 0 to {MAX_SEED}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            _refuse("logprobs", f"must be from 0 to {MAX_LOGPROBS}")
+
+    def _check_penalties(self) -> None:
+        if not -2.0 <= self.presence_penalty <= 2.0:
+            _refuse("presence_penalty", "must be from -2 to 2")
+        if not -2.0 <= self.frequency_penalty <= 2.0:
+            _refuse("frequency_penalty", "must be from -2 to 2")
+        if not 0.0 < self.repetition_penalty <= 10.0:
+            _refuse("repetition_penalty", "must be above 0 and at most 10")
         for token_id, bias in self.logit_bias:
-            _check(token_id >= 0, "logit_bias", "must have token ids of 0 or more as keys")
-            _check(math.isfinite(bias) and -100.0 <= bias <= 100.0, "logit_bias", "must have values from -100 to 100")
-        _check(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", f"must be from 0 to {MAX_SEED}")
-        _check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"must have at most {MAX_STOP_STRINGS} strings")
-        _check(all(self.stop), "stop", "must not contain an empty string")
-        _check(all(t >= 0 for t in self.stop_token_ids), "stop_token_ids", "must be 0 or more")
-        _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "must be at least 1")
-        _check(self.min_tokens >= 0, "min_tokens", "must be 0 or more")
-        _check(
-            self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "must not exceed max_tokens"
-        )
-        _check(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            "logprobs",
-            f"must be from 0 to {MAX_LOGPROBS}",
-        )
+            if token_id < 0:
+                _refuse("logit_bias", "must have token ids of 0 or more as keys")
+            if not -100.0 <= bias <= 100.0:
+                _refuse("logit_bias", "must have values from -100 to 100")
+
+    def _check_ends(self) -> None:
+        if len(self.stop) > MAX_STOP_STRINGS:
+            _refuse("stop", f"must have at most {MAX_STOP_STRINGS} strings")
+        if self.stop and not all(self.stop):
+            _refuse("stop", "must not contain an empty string")
+        if self.stop_token_ids and min(self.stop_token_ids) < 0:
+            _refuse("stop_token_ids", "must be 0 or more")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            _refuse("max_tokens", "must be at least 1")
+        if self.min_tokens < 0:
+            _refuse("min_tokens", "must be 0 or more")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            _refuse("min_tokens", "must not exceed max_tokens")
 
     @property
     def greedy(self) -> bool:
