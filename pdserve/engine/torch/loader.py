@@ -80,7 +80,7 @@ def _decoder(shape: ModelShape, source: Source, dtype: torch.dtype, device: torc
         embedding=embedding,
         layers=layers,
         final_norm=fetch("model.norm.weight"),
-        head=Linear(head, pack=not shape.tied),
+        head=Linear(head, pack=True),
     )
     return Decoder(shape, weights, RopeTable(shape.rope, shape.max_model_len, dtype, device))
 

@@ -84,6 +84,15 @@ class PagedKV:
         index = tables[:, None, :] * self.shape.slabs_per_block + self._slab_heads[None, :, None]
         return index[:, :heads].reshape(-1), index[:, heads:].reshape(-1)
 
+    def value_rows(self, tables: Tensor) -> Tensor:
+        """Rows (of any layer) of every token's V for block tables [B, blocks]: [B * kv_heads, tokens], int32 where
+        that is wide enough."""
+        heads, size = self.shape.num_kv_heads, self.shape.block_tokens
+        first = tables[:, None, :] * (self.shape.slabs_per_block * size) + self._row_heads[None, heads:, None]
+        rows = first[..., None] + torch.arange(size, device=self.device)
+        narrow = torch.int32 if self._rows.shape[0] < 2**31 else torch.int64
+        return rows.view(len(tables) * heads, -1).to(narrow)
+
     def clear_after(self, block: int, offset: int) -> None:
         """Zero a fresh block from `offset` on: a former owner's bytes, or a torn transfer's, may be no numbers, and
         0 * NaN would reach the sum that masking meant to protect."""
