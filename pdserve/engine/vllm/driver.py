@@ -21,7 +21,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from pdserve.errors import EngineFailed
+from pdserve.errors import EngineFailed, InvalidRequest, PdserveError
 
 
 @dataclass(slots=True, eq=False)
@@ -45,9 +45,11 @@ class Event:
     job: Job
     output: Any = None
     """vLLM's `RequestOutput`, a delta."""
-    error: BaseException | None = None
+    error: PdserveError | None = None
     ended: bool = False
     """The last event of the job."""
+    dead: bool = False
+    """vLLM is gone, not just this job."""
     reached_vllm: bool = True
     """False: vLLM never had it, so its connector will not end the job's transfer."""
 
@@ -176,11 +178,11 @@ class VllmDriver:
             self._abort_if_cancelled(job)
             await self._relay(job)
         except EngineDeadError as error:
-            self._events.put(Event(job, error=EngineFailed(f"vLLM died: {error}"), ended=True))
+            self._events.put(Event(job, error=EngineFailed(f"vLLM died: {error}"), ended=True, dead=True))
         except (VLLMClientError, ValueError) as error:
             self._events.put(Event(job, error=InvalidRequest(str(error)), ended=True, reached_vllm=False))
         except Exception as error:  # noqa: BLE001 - becomes the end of this request
-            failure = RequestFailed(f"vLLM failed on this request: {error}")
+            failure = EngineFailed(f"vLLM failed on this request: {error}")
             self._events.put(Event(job, error=failure, ended=True, reached_vllm=job.stream is not None))
         finally:
             if job.stream is not None:

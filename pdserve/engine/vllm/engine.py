@@ -23,7 +23,7 @@ import xxhash
 from pdserve.engine.base import ImportTarget, KVMemory, KVMemoryFactory, StepResult
 from pdserve.engine.core.sequences import check_request
 from pdserve.engine.vllm.board import Ending, TransferBoard
-from pdserve.engine.vllm.outputs import end_of, failed, finish_of, read_tokens, refusal
+from pdserve.engine.vllm.outputs import end_of, failed, finish_of, read_tokens
 from pdserve.engine.vllm.requests import Choice, Live
 from pdserve.engine.vllm.settings import VllmSettings, settings_from_config
 from pdserve.engine.vllm.staging import StagingPool
@@ -237,10 +237,10 @@ class VllmEngine:
 
     def _handle(self, event: Event, result: StepResult) -> None:
         live, choice = self._jobs[event.job]
-        if isinstance(event.error, EngineFailed):
-            raise event.error
         if event.error is not None:
-            self._finish(choice, failed(choice, choice.num_seen, refusal(event.error)), result)
+            if event.dead:
+                raise event.error
+            self._finish(choice, failed(choice, choice.num_seen, event.error), result)
         elif event.output is not None:
             self._read(live, choice, event.output, result)
         if event.ended:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pdserve.engine.vllm.board import Ending
 from pdserve.engine.vllm.requests import Choice, Live
-from pdserve.errors import DigestMismatch, EngineFailed, InvalidRequest, PdserveError, StaleBlock
+from pdserve.errors import DigestMismatch, EngineFailed, PdserveError, StaleBlock
 from pdserve.types import Finish, FinishReason, Logprobs, ModelInfo, Phase, StepOutput
 
 
@@ -77,13 +77,6 @@ def finish_of(live: Live, choice: Choice, completion: Any, model: ModelInfo, end
 
 def failed(choice: Choice, num_outputs: int, error: PdserveError) -> Finish:
     return Finish(choice.handle, FinishReason.ERROR, num_outputs, error=error)
-
-
-def refusal(error: BaseException) -> PdserveError:
-    """vLLM's refusal of a request as ours: its validation errors are `ValueError`s."""
-    if isinstance(error, ValueError):
-        return InvalidRequest(str(error))
-    return EngineFailed(f"vLLM failed on this request: {error}")
 
 
 def _load_error(ending: Ending) -> PdserveError:

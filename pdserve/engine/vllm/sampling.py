@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm import SamplingParams as VllmParams
+from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
@@ -58,7 +59,7 @@ def check_grammar(grammar: Grammar) -> None:
     as an error of the engine."""
     try:
         validate_xgrammar_grammar(VllmParams(structured_outputs=_structured(grammar)))
-    except ValueError as error:
+    except (VLLMClientError, ValueError) as error:
         raise InvalidRequest(f"the grammar does not compile: {error}", param="response_format") from error
 
 

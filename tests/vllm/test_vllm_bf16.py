@@ -1,0 +1,105 @@
+"""One engine in bf16 that hands over to itself: another dtype (AMX packs its pages), another block size, few blocks,
+and no digests. Ends with the death of vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from test_vllm_handover import alone, spoil_byte
+from vllm_pair import Driven, Pair, make_request, renamed, running_engine
+
+from pdserve.errors import EngineFailed
+from pdserve.types import Phase, Request
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+NUM_BLOCKS = 24
+BLOCK = 32
+"""The smallest that vLLM's CPU kernels take; two hand-over blocks."""
+
+
+class SelfPair(Pair):
+    """The decode half has another cache root: it must load, not find."""
+
+    def start(self, request: Request) -> tuple[int, int]:
+        other = renamed(request, "decode " + request.request_id[:8])
+        return self.prefill.submit(request, Phase.PREFILL), self.decode.submit(other, Phase.DECODE)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Driven]:
+    engine_args = {
+        "enforce_eager": True,
+        "max_model_len": 512,
+        "max_num_batched_tokens": 64,
+        "max_num_seqs": 8,
+        "block_size": BLOCK,
+        "num_gpu_blocks_override": NUM_BLOCKS,
+    }
+    with running_engine(dtype="bf16", verify_loads=False, staging_bytes=64 << 20, engine_args=engine_args) as engine:
+        yield engine
+
+
+@pytest.fixture
+def pair(engine: Driven) -> Iterator[Pair]:
+    yield SelfPair(engine, engine)
+    engine.settle()
+
+
+NUM_COMPARED = 4
+"""bf16 rounds by batch shape, and decode computes the last prompt token alone: later tokens may part at a near tie."""
+
+
+@pytest.mark.parametrize("length", [5, 32, 47, 200, 330])
+def test_bf16_blocks_are_handed_over_whole(pair: Pair, engine: Driven, length: int) -> None:
+    request = make_request(f"bf16 {length}", length, NUM_COMPARED, logprobs=1)
+    a = engine.submit(renamed(request, "alone"), Phase.FULL)
+    engine.run_until(lambda: a in engine.finishes)
+    p, d = engine._next_handle, engine._next_handle + 1
+    assert pair.run(request) == [[engine.tokens[a]]]
+    moved = [entry.logprob for entry in engine.logprobs[p] + engine.logprobs[d]]
+    assert moved == pytest.approx([entry.logprob for entry in engine.logprobs[a]], abs=0.1)
+
+
+def test_without_the_check_a_spoiled_block_changes_the_output(pair: Pair, engine: Driven) -> None:
+    """So decode does use what was handed over, and the check is what catches it elsewhere."""
+    request = make_request("unchecked", 150, NUM_COMPARED)
+    expected = alone(engine, request)
+    assert pair.run(request) == [expected]
+    spoiled = pair.run(renamed(request, "spoiled"), before_resume=lambda d: spoil_byte(engine, d, 4))
+    assert spoiled != [expected]
+
+
+def test_a_prefill_that_vllm_preempts_is_exported_whole_and_once(pair: Pair, engine: Driven) -> None:
+    """The other request's growth takes the last block, so the prefill is thrown out amid its chunks and redone."""
+    request = make_request("preempted", 13 * BLOCK, NUM_COMPARED)
+    expected = alone(engine, request)
+    grows = engine.submit(make_request("grows", 319, 60, ignore_eos=True), Phase.FULL)
+    p, d = pair.start(request)
+    engine.run_until(lambda: grows in engine.finishes and engine.prefilled(p))
+    assert engine.engine.load().num_preemptions >= 1
+    chunks = engine.exports[p]
+    assert sum(chunk.num_tokens for chunk in chunks) == 13 * BLOCK
+    pair.pull(p, d)
+    pair.resume(p, d, request)
+    engine.run_until(lambda: d in engine.finishes)
+    assert [engine.tokens[p] + engine.tokens[d]] == expected
+
+
+def test_when_vllm_dies_the_engine_says_so_and_nothing_of_it_stays(engine: Driven) -> None:
+    engine.submit(make_request("dies", 60, 400, ignore_eos=True), Phase.FULL)
+    engine.run_until(lambda: engine.engine.load().num_running == 1)
+    cores = [child for child in psutil.Process().children() if "EngineCore" in " ".join(child.cmdline())]
+    core = max(cores, key=lambda child: child.create_time())
+    workers = core.children(recursive=True)
+    assert workers
+    core.kill()
+    with pytest.raises(EngineFailed):
+        engine.run_until(lambda: False)
+    engine.engine.submit(make_request("late", 10), 1000, Phase.FULL)
+    with pytest.raises(EngineFailed):
+        engine.run_until(lambda: False)
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
