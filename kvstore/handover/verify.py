@@ -23,8 +23,9 @@ from pdserve.engine.base import ImportTarget, KVMemory
 from pdserve.errors import DigestMismatch, HandoverError, RequestCancelled, StaleBlock
 from pdserve.types import KVManifest
 
-BATCH_BYTES = 16 << 20
-"""Bytes a transport call: an aborted pull ends after at most one of them, about 10 ms."""
+BATCH_BYTES = 32 << 20
+"""Bytes a transport call: an aborted pull ends after at most one of them, about 20 ms of tcp on loopback. Smaller ones
+cost CPU (0.35 s/GB at 64 MiB, 0.38 at 16, 0.5 at 4): the peer idles between them."""
 
 
 class PoolDescriptor(msgspec.Struct, array_like=True, frozen=True):
