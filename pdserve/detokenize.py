@@ -44,11 +44,12 @@ class TokenTable:
     tokenizers (SmolLM2, Llama 3, Qwen); others (SentencePiece) are decoded by the tokenizer itself.
 
     `texts[id]` is what the token adds to the output when no bytes are pending, None where its bytes are no text by
-    themselves; special tokens add nothing.
+    themselves; special tokens add nothing, unless `skip_special_tokens` is off.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self.tokenizer = tokenizer
+        self.skip_special_tokens = skip_special_tokens
         self.byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
         added = tokenizer.get_added_tokens_decoder()
         size = tokenizer.get_vocab_size(with_added_tokens=True)
@@ -56,7 +57,7 @@ class TokenTable:
         self.bytes = self._all_bytes(tokens)
         self.shown_bytes = list(self.bytes)
         for token_id, token in added.items():
-            if token.special:
+            if token.special and skip_special_tokens:
                 self.shown_bytes[token_id] = b""
         self.texts = [_text_or_none(data) for data in self.shown_bytes]
 
@@ -75,7 +76,11 @@ class TokenTable:
 
     def detokenizer(self) -> Detokenizer:
         """A fresh one, for one choice."""
-        return ByteLevelDetokenizer(self) if self.byte_level else WindowDetokenizer(self.tokenizer)
+        return (
+            ByteLevelDetokenizer(self)
+            if self.byte_level
+            else WindowDetokenizer(self.tokenizer, self.skip_special_tokens)
+        )
 
 
 def _byte_fallback(token: str) -> bytes:
@@ -148,10 +153,11 @@ class WindowDetokenizer:
     has been shown and stays.
     """
 
-    __slots__ = ("_num_shown", "_shown", "_token_ids", "_tokenizer")
+    __slots__ = ("_num_shown", "_shown", "_skip_special_tokens", "_token_ids", "_tokenizer")
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._token_ids: list[int] = []
         self._num_shown = 0
         """Tokens at the window's start that are shown."""
@@ -179,7 +185,7 @@ class WindowDetokenizer:
         return added
 
     def _decode(self) -> str:
-        text: str = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(self._token_ids, skip_special_tokens=self._skip_special_tokens)
         return text
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,13 @@ class Tokenizer:
         text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def detokenizer(self) -> Detokenizer:
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """A fresh incremental decoder, for one choice."""
-        return self.table.detokenizer()
+        return (self.table if skip_special_tokens else self._whole_table).detokenizer()
+
+    @cached_property
+    def _whole_table(self) -> TokenTable:
+        return TokenTable(self.backend, skip_special_tokens=False)
 
     def token_text(self, token_id: int) -> str:
         return self.table.token_text(token_id)

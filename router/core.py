@@ -6,9 +6,11 @@ Implements `router.base.Core`. One event loop, no task for a request.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from pdserve.errors import InvalidRequest, ModelNotFound, NoWorker, PdserveError
 from pdserve.metrics import RouterMetrics
@@ -26,6 +28,8 @@ from router.request import ActiveRequest, Surroundings, Timeouts
 from router.scheduling.base import Need
 from router.scheduling.scheduler import Placed, Scheduler
 from router.session import Link
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +134,7 @@ class RouterCore:
             active = self._active_request(incoming, request, sink, placed, arrived)
             active.record.tokenised_s = tokenised_s
             self._start(active, placed)
-        except PdserveError:
+        except BaseException:
             self.admission.num_inflight -= 1
             raise
         self._active[request.request_id] = active
@@ -152,8 +156,14 @@ class RouterCore:
             )
         bounds = self._now().bounds
         if bounds is None:
-            raise NoWorker(f"no worker for {canonical} is connected", leg="router", retry_after_s=1.0)
+            raise self._nobody_has(canonical)
         return bounds
+
+    def _nobody_has(self, model: str) -> NoWorker:
+        """Says what the workers do serve: a name that differs between configs is the usual cause."""
+        others = sorted({link.info.model.name for link in self._fleet.links})
+        served = f"; the connected ones serve {', '.join(others)}" if others else ""
+        return NoWorker(f"no worker for {model} is connected{served}", leg="router", retry_after_s=1.0)
 
     def _place(self, request: Request) -> Placed[Link]:
         """One token is prefill's alone: a decode worker would have nothing to do."""
@@ -170,7 +180,7 @@ class RouterCore:
         return ActiveRequest(
             request,
             sink,
-            self._tokenizer.detokenizer,
+            partial(self._tokenizer.detokenizer, skip_special_tokens=incoming.skip_special_tokens),
             TextOptions.of(request.params, incoming.include_stop_str_in_output),
             self._record(incoming, request, placed),
             self._around,
@@ -208,6 +218,9 @@ class RouterCore:
         self.admission.leave(active.record.ended_s or 0.0)
         self._observer.ended(active.record)
         self.catalog.add(active.record)
+        if active.error is not None:
+            fields = {"request_id": active.request_id, "reason": active.error.reason, "leg": active.error.leg}
+            log.warning("request failed: %s", active.error.message, extra=fields)
         if not self._active:
             self._idle.set()
 

@@ -29,6 +29,11 @@ def remaining_ms(context: Any) -> int:
     return 0 if remaining is None else max(1, int(1000 * remaining))
 
 
+def traceparent(context: Any) -> str:
+    """The W3C trace context that the client sent as metadata; empty: none."""
+    return next((value for key, value in context.invocation_metadata() or () if key == "traceparent"), "")
+
+
 class InferenceFace:
     """Translates between the wire and the core; one batch a message."""
 
@@ -45,7 +50,7 @@ class InferenceFace:
 
     async def generate(self, call: GenerateCall, context: Any) -> AsyncIterator[GenerateChunk]:
         """While the client doesn't read, the transport holds the handler up and output gathers in the sink."""
-        incoming = _incoming(call, remaining_ms(context))
+        incoming = _incoming(call, remaining_ms(context), traceparent(context))
         sink = BatchSink(self._max_unsent_bytes)
         handle = sink.handle = self._core.submit(incoming, sink)
         context.add_done_callback(lambda _: handle.cancel())
@@ -73,7 +78,7 @@ class InferenceFace:
         return self._core.token_text(model, token_id)[0]
 
 
-def _incoming(call: GenerateCall, timeout_ms: int) -> Incoming:
+def _incoming(call: GenerateCall, timeout_ms: int, trace: str) -> Incoming:
     messages = None
     if call.messages is not None:
         messages = tuple(ChatMessage(role, content) for role, content in call.messages)
@@ -88,4 +93,5 @@ def _incoming(call: GenerateCall, timeout_ms: int) -> Incoming:
         cache_salt=call.cache_salt,
         priority=call.priority,
         timeout_ms=timeout_ms,
+        traceparent=trace,
     )

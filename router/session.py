@@ -119,6 +119,7 @@ class Link:
         self._wake = asyncio.Event()
         self._wake.set()
         self._write_error: PdserveError | None = None
+        self._leaving = False
 
     # ---- what requests ask for; nothing is sent before the tick ends ----
 
@@ -177,7 +178,16 @@ class Link:
             return False
         for choice in range(leg.num_choices):
             self._lanes.pop(handle + choice, None)
+        if self._leaving and not self._legs:
+            self._stream.cancel()
         return True
+
+    def leave(self) -> None:
+        """Take nothing new; end the stream when the last request on it has ended."""
+        self.draining = self._leaving = True
+        if not self._legs:
+            self._stream.cancel()
+        self._on_change()
 
     @property
     def num_requests(self) -> int:
@@ -315,21 +325,35 @@ def _pick(logprobs: dict[tuple[int, int], Logprobs], handle: int, first_index: i
 
 
 def split(update: RouterUpdate) -> list[RouterUpdate]:
-    """The update as messages of about `MAX_MESSAGE_BYTES` at most (one submission is never cut). Cancels and relays
-    go with the last, behind every submission."""
+    """The update as messages of about `MAX_MESSAGE_BYTES` at most (one submission or relay is never cut), in this
+    order: submissions, relays, cancels."""
     sizes = [submission_bytes(each) for each in update.submissions]
-    if sum(sizes) <= MAX_MESSAGE_BYTES:
+    relay_sizes = [relay_bytes(each) for each in update.relays]
+    if sum(sizes) + sum(relay_sizes) <= MAX_MESSAGE_BYTES:
         return [update] if update else []
-    parts = [RouterUpdate(hello=update.hello)]
-    room = MAX_MESSAGE_BYTES
+    parts = _Parts(update.hello)
     for submission, size in zip(update.submissions, sizes, strict=True):
-        if size > room and parts[-1].submissions:
-            parts.append(RouterUpdate())
-            room = MAX_MESSAGE_BYTES
-        parts[-1].submissions.append(submission)
-        room -= size
-    parts[-1].cancels, parts[-1].choice_cancels, parts[-1].relays = update.cancels, update.choice_cancels, update.relays
-    return parts
+        parts.room_for(size).submissions.append(submission)
+    for relay, size in zip(update.relays, relay_sizes, strict=True):
+        parts.room_for(size).relays.append(relay)
+    last = parts.messages[-1]
+    last.cancels, last.choice_cancels = update.cancels, update.choice_cancels
+    return parts.messages
+
+
+class _Parts:
+    """Messages that fill up one after the other."""
+
+    def __init__(self, hello: RouterHello | None) -> None:
+        self.messages = [RouterUpdate(hello=hello)]
+        self._used = 0
+
+    def room_for(self, size: int) -> RouterUpdate:
+        if self._used and self._used + size > MAX_MESSAGE_BYTES:
+            self.messages.append(RouterUpdate())
+            self._used = 0
+        self._used += size
+        return self.messages[-1]
 
 
 def submission_bytes(submission: Submission) -> int:
@@ -337,3 +361,8 @@ def submission_bytes(submission: Submission) -> int:
     request = submission.request
     assert request is not None
     return 4 * len(request.prompt_token_ids) + len(request.block_keys) + 512
+
+
+def relay_bytes(relay: Relay) -> int:
+    """The same of a relay."""
+    return 64 + len(relay.ticket) + sum(map(len, relay.manifests)) + 16 * len(relay.outputs)

@@ -77,6 +77,11 @@ def error_info(error):
     return info
 
 
+async def read_all(call):
+    while await call.read():
+        pass
+
+
 # ---- pdserve.v1.InferenceService ----
 
 
@@ -154,8 +159,7 @@ async def test_a_lost_worker_ends_the_stream_with_its_status_after_the_tokens(se
         assert (await call.read()).choices
     await served.house.workers[1]._server._server.stop(0)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        while await call.read():
-            pass
+        await read_all(call)
     info = error_info(caught.value)
     assert (info.reason, info.metadata["leg"], info.metadata["work_done"]) == ("worker_lost", "decode", "true")
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

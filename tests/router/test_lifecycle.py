@@ -1,6 +1,7 @@
 """Ways in which a request can end, and what must be free afterwards. Real workers, sim engine."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -450,3 +451,34 @@ async def test_no_worker_at_all_is_a_typed_error(house, sink, incoming):
     core = await house.core(addresses=())
     with pytest.raises(NoWorker, match="tiny"):
         core.submit(incoming(), sink())
+
+
+async def test_special_tokens_are_text_only_when_asked_for(house, sink, incoming):
+    house.sim = replace(house.sim, eos_period=1)
+    await house.pair()
+    core = await house.core()
+    for skip, text in ((True, ""), (False, "<eos>" * 3)):
+        got = sink()
+        core.submit(incoming(skip_special_tokens=skip, max_tokens=3, ignore_eos=True), got)
+        await got.result()
+        assert got.token_ids[0] == [0, 0, 0]
+        assert got.texts[0] == text
+
+
+async def test_eos_ends_a_choice_without_being_text(house, sink, incoming):
+    house.sim = replace(house.sim, eos_period=6)
+    await house.pair()
+    core, got = await house.core(), sink()
+    handle = core.submit(incoming("abc", max_tokens=500, skip_special_tokens=False), got)
+    await got.result()
+    assert got.token_ids[0] == expected_tokens(house.sim, handle.request)
+    assert got.token_ids[0][-1] == 0
+    assert "<eos>" not in got.texts[0]
+    assert got.finishes[0] == (FinishReason.STOP, None)
+
+
+async def test_a_name_that_workers_do_not_serve_is_told_with_those_they_do(house, sink, incoming):
+    await house.pair()
+    core = await house.core(model="large")
+    with pytest.raises(NoWorker, match="the connected ones serve tiny"):
+        core.submit(incoming(model="large"), sink())

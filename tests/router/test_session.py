@@ -7,10 +7,19 @@ import pytest
 from pdserve.errors import WorkerLost
 from pdserve.rpc import RpcServer
 from pdserve.types import EngineLoad, Finish, FinishReason, ModelInfo, Phase, Request, Role, SamplingParams, WorkerInfo
-from pdserve.wire.session import SESSION, RouterHello, RouterUpdate, StepColumns, Submission, WorkerHello, WorkerUpdate
+from pdserve.wire.session import (
+    SESSION,
+    Relay,
+    RouterHello,
+    RouterUpdate,
+    StepColumns,
+    Submission,
+    WorkerHello,
+    WorkerUpdate,
+)
 from router.discovery import StaticDiscovery
 from router.fleet import Fleet
-from router.session import MAX_HANDLE, MAX_MESSAGE_BYTES, HandleSpace, Link, split, submission_bytes
+from router.session import MAX_HANDLE, MAX_MESSAGE_BYTES, HandleSpace, Link, relay_bytes, split, submission_bytes
 
 INFO = WorkerInfo("w", 1, Role.DECODE, "127.0.0.1:1", ModelInfo("m", "r", "t", 4096, 1000, (0,)), b"f", 16, 1000, 64)
 
@@ -210,3 +219,57 @@ def test_a_tick_with_long_prompts_becomes_several_messages():
 def test_a_prompt_larger_than_a_message_goes_alone():
     submissions = [Submission(i, Phase.PREFILL, request(size)) for i, size in enumerate((10, 400_000, 10))]
     assert [len(part.submissions) for part in split(RouterUpdate(submissions=submissions))] == [1, 1, 1]
+
+
+class Moving:
+    """A discovery whose answer the test changes."""
+
+    def __init__(self, *addresses):
+        self.news = asyncio.Queue()
+        self.say(*addresses)
+
+    def say(self, *addresses):
+        self.news.put_nowait(frozenset(addresses))
+
+    async def watch(self):
+        while True:
+            yield await self.news.get()
+
+
+async def test_a_worker_that_discovery_drops_finishes_what_it_has(script, wait_until):
+    discovery = Moving(script.address)
+    fleet = Fleet(discovery, RouterHello("r", 7), tls=None, max_backoff_s=0.1)
+    fleet.start()
+    await asyncio.wait_for(script.opened.wait(), 10)
+    link, leg = fleet.links[0], Leg()
+    handle = link.submit(request(), Phase.DECODE, leg)
+    discovery.say()
+    await wait_until(lambda: link.draining)
+    assert fleet.links == [link]
+    assert fleet.of_model("m", Role.DECODE) == []
+    link.forget(handle)
+    await wait_until(lambda: not fleet.links)
+    assert leg.lost is None
+    discovery.say(script.address)
+    await wait_until(lambda: bool(fleet.links))
+    assert fleet.links[0] is not link
+    await fleet.close()
+
+
+async def test_an_address_dropped_before_anybody_answered_there_is_forgotten(wait_until):
+    discovery = Moving("127.0.0.1:9")
+    fleet = Fleet(discovery, RouterHello("r", 7), tls=None, max_backoff_s=0.1)
+    fleet.start()
+    await wait_until(lambda: bool(fleet._keepers))
+    discovery.say()
+    await wait_until(lambda: not fleet._keepers and not fleet._retired)
+    await fleet.close()
+
+
+def test_relays_count_towards_a_messages_size():
+    relays = [Relay(i, manifests=(bytes(300_000),)) for i in range(7)]
+    parts = split(RouterUpdate(submissions=[Submission(0, Phase.DECODE, request())], relays=relays, cancels=[9]))
+    assert [each.handle for part in parts for each in part.relays] == list(range(7))
+    assert max(sum(map(relay_bytes, part.relays)) for part in parts) <= MAX_MESSAGE_BYTES
+    assert parts[0].submissions
+    assert parts[-1].cancels == [9]
