@@ -29,6 +29,10 @@ MAX_ROUNDS = 4
 LOAD_INTERVAL_S = 0.1
 """Seconds between two looks at the engine's load: the router corrects its accounting with it, no more."""
 
+MAX_RETRIES = 64
+"""Waiting commands that are tried again after a step: at 1 to 2 us each they must not cost more than the step. They
+take turns; before the engine rests all are tried."""
+
 ResultT = TypeVar("ResultT")
 EngineFactory = Callable[[], HandoverEngine]
 Command = Callable[[HandoverEngine], object]
@@ -97,11 +101,6 @@ class EngineThread:
         await self._ended.wait()
         self._thread.join()
 
-    @property
-    def backlog(self) -> int:
-        """Commands that wait."""
-        return self._inbox.qsize()
-
     def check_room(self) -> None:
         """Raises `Overloaded` when the inbox is full: ask before a submission."""
         if self._inbox.qsize() >= self._max_commands:
@@ -146,8 +145,10 @@ class EngineThread:
             failure.__cause__ = error
             self._put(partial(self._on_failed, failure))
         finally:
-            engine.close()
-            self._put(self._ended.set)
+            try:
+                engine.close()
+            finally:
+                self._put(self._ended.set)
 
     def _run(self, engine: HandoverEngine) -> None:
         """Hot path: a turn costs about 2 us beside the step itself."""
@@ -196,7 +197,8 @@ class EngineThread:
             self._put(partial(_fail, future, error))
 
     def _retry_parked(self, engine: HandoverEngine) -> None:
-        for _ in range(len(self._parked)):
+        num_parked = len(self._parked)
+        for _ in range(min(num_parked, MAX_RETRIES) if engine.has_work() else num_parked):
             parked = self._parked.popleft()
             if parked.future.cancelled():
                 continue

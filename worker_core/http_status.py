@@ -70,7 +70,7 @@ class StatusServer:
         parts = head.split(b"\r\n", 1)[0].split(b" ")
         if len(parts) != 3:
             return Answer(400, b"bad request\n")
-        if parts[0] not in (b"GET", b"HEAD"):
+        if parts[0] != b"GET":
             return Answer(405, b"only GET\n")
         handler = self._paths.get(parts[1].split(b"?", 1)[0].decode("latin-1"))
         return handler() if handler is not None else Answer(404, b"not found\n")

@@ -25,8 +25,8 @@ from worker_core.worker import Worker
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
 SWITCH_INTERVAL_S = 0.0005
-"""How long the engine's thread and the loop may hold the interpreter against each other. Python's 5 ms would add up
-to that to every message; at 0.5 ms the switches cost under 1 % of a core."""
+"""How long the engine's thread and the loop may hold the interpreter against each other. Python's 5 ms is as long as
+a whole decode step: a message, or the next step, could wait that long for nothing."""
 
 log = logging.getLogger("pdserve.worker")
 

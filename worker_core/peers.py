@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from kvstore.handover.verify import DigestPolicy, PoolDescriptor
@@ -37,11 +36,10 @@ class Peers:
     """All exporters that this worker has met. Reads of one exporter share one peer."""
 
     def __init__(
-        self, transports: Mapping[str, Transport], policies: Mapping[str, DigestPolicy], bulk: Executor, tls: Tls | None
+        self, transports: Mapping[str, Transport], policies: Mapping[str, DigestPolicy], tls: Tls | None
     ) -> None:
         self._transports = transports
         self._policies = policies
-        self._bulk = bulk
         self._tls = tls
         self._channels: dict[str, Channel] = {}
         self._sources: dict[_SourceKey, asyncio.Future[Source]] = {}
@@ -72,7 +70,7 @@ class Peers:
             raise HandoverError(f"the exporter chose the transport {key.transport!r}, which this worker has not")
         memory = PoolDescriptor.decode(key.memory)
         loop = asyncio.get_running_loop()
-        peer = await loop.run_in_executor(self._bulk, transport.connect, memory.region)
+        peer = await loop.run_in_executor(None, transport.connect, memory.region)  # not behind, nor before, pulls
         return Source(key.transport, peer, memory, self._policies.get(key.transport, DigestPolicy()))
 
     def _drop_older(self, key: _SourceKey) -> None:

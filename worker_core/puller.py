@@ -94,7 +94,7 @@ class Puller:
         self._control_timeout_s = config.bind_timeout_s
         self._bulk = ThreadPoolExecutor(config.pull_threads, "pull")
         policies = {"shm": DigestPolicy(every=config.digest_every)}
-        self._peers = Peers(transports, policies, self._bulk, config.tls.rpc())
+        self._peers = Peers(transports, policies, config.tls.rpc())
         limits = ImportLimits(announce_s=config.relay_timeout_s, max_bytes_in_flight=config.pull_credit_bytes)
         self._ledger = ImportLedger(
             info.fingerprint, info.block_tokens, pool.block_bytes, clock=time.monotonic, limits=limits

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from pdserve.errors import PdserveError
-from pdserve.rpc import Channel
+from pdserve.rpc import Channel, Tls
 from pdserve.types import EngineLoad, Finish, FinishReason, Logprobs, Phase, PromptStats, Request
 from pdserve.wire.session import (
     SESSION,
@@ -68,8 +68,8 @@ class Reply:
 class RouterSession:
     """One stream to one worker."""
 
-    def __init__(self, address: str, router_id: str = "test-router") -> None:
-        self.channel = Channel(address)
+    def __init__(self, address: str, router_id: str = "test-router", tls: Tls | None = None) -> None:
+        self.channel = Channel(address, tls=tls)
         self.router_id = router_id
         self.hello: WorkerHello | None = None
         self.hellos: list[WorkerHello] = []
@@ -86,8 +86,10 @@ class RouterSession:
         self._unsent: asyncio.Queue[RouterUpdate] = asyncio.Queue()
 
     @classmethod
-    async def open(cls, address: str, router_id: str = "test-router", **versions: int) -> RouterSession:
-        session = cls(address, router_id)
+    async def open(
+        cls, address: str, router_id: str = "test-router", tls: Tls | None = None, **versions: int
+    ) -> RouterSession:
+        session = cls(address, router_id, tls)
         await session.start(**versions)
         return session
 
