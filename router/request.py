@@ -148,6 +148,7 @@ class ActiveRequest:
         self._running = leg
         if leg.phase is Phase.DECODE:
             self.record.decode_started_s = self._age()
+            self._let_prefill_go()
         self._set_clock("decode")
 
     def on_prefilled(self, outputs: tuple[FirstOutput, ...]) -> None:
@@ -155,9 +156,16 @@ class ActiveRequest:
             self._decode.link.relay(self._decode.handle, outputs=outputs)
             self._set_clock("transfer")
 
+    def _let_prefill_go(self) -> None:
+        """Decode has all the KV and has released prefill's: nothing that happens there matters any more."""
+        if self._prefill is not None:
+            self._prefill.forget()
+            self._prefill = None
+
     def on_leg_lost(self, leg: Leg, error: WorkerLost) -> None:
-        """Prefill may go once decode has begun: by then decode has all the KV."""
-        if leg is not self._running and self._running is not None:
+        """A prefill worker that drains goes as soon as decode has pulled the KV, and that may be before decode's first
+        token."""
+        if self._clock == "transfer" and leg is self._prefill and leg.link.draining:
             return
         error.leg = leg.name
         self.fail(error)
@@ -223,16 +231,12 @@ class ActiveRequest:
         over = self._running is not None and not still_runs
         for leg in (self._prefill, self._decode):
             if leg is not None:
-                leg.forget() if over or self._is_pulled(leg) else leg.cancel()
+                leg.forget() if over else leg.cancel()
         self.record.outcome = outcome
         self.record.finish_reasons = tuple([_name(choice) for choice in self.choices])
         self.record.num_output_tokens = self.num_output_tokens
         self.record.ended_s = self._age()
         self._around.on_end(self)
-
-    def _is_pulled(self, leg: Leg) -> bool:
-        """Prefill's blocks are decode's business once decode runs: it has released them."""
-        return leg is self._prefill and self._running is self._decode and self._running is not None
 
 
 def _name(choice: Choice) -> str:
