@@ -29,6 +29,8 @@ from router.scheduling.base import Need
 from router.scheduling.scheduler import Placed, Scheduler
 from router.session import Link
 
+MAX_ID_CHARS = 256
+
 log = logging.getLogger(__name__)
 
 
@@ -124,8 +126,7 @@ class RouterCore:
 
     def _submit(self, incoming: Incoming, sink: Sink, arrived: float) -> ActiveRequest:
         bounds = self._bounds(incoming.model)
-        if incoming.request_id in self._active:
-            raise InvalidRequest(f"request_id {incoming.request_id!r} is in use", param="request_id")
+        self._check_id(incoming.request_id)
         self.admission.enter()
         try:
             request = self._prompts.request(incoming, bounds)
@@ -141,6 +142,12 @@ class RouterCore:
         self._idle.clear()
         self._observer.admitted(active.record)
         return active
+
+    def _check_id(self, request_id: str) -> None:
+        if not 0 < len(request_id) <= MAX_ID_CHARS:
+            raise InvalidRequest(f"request_id must have 1 to {MAX_ID_CHARS} characters", param="request_id")
+        if request_id in self._active:
+            raise InvalidRequest(f"request_id {request_id!r} is in use", param="request_id")
 
     def _canonical(self, name: str) -> str | None:
         """The served model that a client's name means."""

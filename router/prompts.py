@@ -8,12 +8,15 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from pdserve.errors import ContextLengthExceeded, InvalidRequest
+from pdserve.errors import ContextLengthExceeded, InvalidRequest, PayloadTooLarge
 from pdserve.tokens import Tokenizer, block_keys, root_key, tenant_salt
 from pdserve.types import ModelInfo, Request, SamplingParams
 from router.base import ChatMessage, Incoming
 
 SEED_BITS = 63
+MAX_PROMPT_TOKENS = 600_000
+"""A submission takes 5 bytes a token (id and block keys) and must stay clear of the 4 MiB that a worker's server takes:
+a larger one would cost the stream, and every other request on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,10 @@ class PromptMaker:
     def _resolve(self, params: SamplingParams, num_prompt_tokens: int, bounds: Bounds) -> SamplingParams:
         """With `max_tokens` and `seed` filled in and every token id known to the model."""
         _check_ids(params, bounds.model.vocab_size)
+        if num_prompt_tokens > MAX_PROMPT_TOKENS:
+            raise PayloadTooLarge(
+                f"the prompt has {num_prompt_tokens} tokens; this server takes {MAX_PROMPT_TOKENS}", param="prompt"
+            )
         left = bounds.max_len - num_prompt_tokens
         if left < 1:
             raise ContextLengthExceeded(

@@ -1,0 +1,256 @@
+"""Any order of events: a request ends once, tells its client once, and leaves nothing behind on either worker."""
+
+import asyncio
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdserve.errors import EngineFailed
+from pdserve.tokens import StopMatcher
+from pdserve.types import Finish, FinishReason, ModelInfo, PromptStats, Request, Role, SamplingParams, WorkerInfo
+from pdserve.wire.session import Announcement, RouterHello, RouterUpdate, StepColumns
+from router.catalog import Record
+from router.choice import TextOptions
+from router.deadlines import Deadlines
+from router.request import ActiveRequest, Surroundings, Timeouts
+from router.session import Link
+
+STOP_TOKEN, PLAIN_TOKEN = 9, 5
+
+
+class Clock:
+    """An event loop's time and timers, moved by hand."""
+
+    class Timer:
+        cancelled = False
+
+        def cancel(self):
+            self.cancelled = True
+
+    def __init__(self):
+        self.now, self.timers = 100.0, []
+
+    def time(self):
+        return self.now
+
+    def call_at(self, when, call):
+        timer = self.Timer()
+        self.timers.append((when, timer, call))
+        return timer
+
+    def advance(self, seconds):
+        self.now += seconds
+        due = [entry for entry in self.timers if entry[0] <= self.now]
+        self.timers = [entry for entry in self.timers if entry[0] > self.now]
+        for _, timer, call in sorted(due, key=lambda entry: entry[0]):
+            if not timer.cancelled:
+                call()
+
+
+class Text:
+    def push(self, token_id):
+        return "STOP" if token_id == STOP_TOKEN else "x"
+
+    def push_all(self, token_ids):
+        return "".join(map(self.push, token_ids))
+
+    def flush(self):
+        return ""
+
+
+class Stream:
+    def cancel(self): ...
+
+
+class Client:
+    """Checks the order of a sink's calls."""
+
+    def __init__(self):
+        self.tokens, self.finished, self.done, self.error = {}, set(), False, None
+
+    def on_tokens(self, choice, text, token_ids, logprobs):
+        assert not self.done
+        assert choice not in self.finished
+        self.tokens[choice] = self.tokens.get(choice, 0) + len(token_ids)
+
+    def on_finish(self, choice, reason, stop):
+        assert not self.done
+        assert choice not in self.finished
+        self.finished.add(choice)
+
+    def on_done(self, usage):
+        assert not self.done
+        assert usage.completion_tokens == sum(self.tokens.values())
+        self.done = True
+
+    def on_error(self, error):
+        assert not self.done
+        assert error.work_done == bool(sum(self.tokens.values()))
+        self.done, self.error = True, error
+
+
+class FakeWorker:
+    """What a worker holds of the request, by the messages it would get."""
+
+    def __init__(self, role):
+        model = ModelInfo("m", "r", "t", 4096, 100, (0,))
+        info = WorkerInfo(role.value, 1, role, "w:1", model, b"f", 16, 1000, 64)
+        self.link = Link(info, Stream(), RouterHello("r", 1))
+        self.holds, self.index, self.open = False, {}, set()
+        self.outputs = None
+        self.lost = False
+
+    def read(self):
+        """Take what the router has said, as a worker would."""
+        update, self.link._pending = self.link._pending, RouterUpdate()
+        for submission in update.submissions:
+            self.handle, self.n = submission.handle, submission.request.params.n
+            self.holds, self.open = True, set(range(self.n))
+            self.index = dict.fromkeys(range(self.n), 0)
+        for relay in update.relays:
+            if relay.outputs:
+                self.outputs = relay.outputs
+                self.open -= {i for i, output in enumerate(relay.outputs) if output.finished}
+                self.index = dict.fromkeys(self.open, 1)
+        for handle in update.choice_cancels:
+            self.open.discard(handle - self.handle)
+            self.holds = self.holds and bool(self.open)
+        if update.cancels:
+            self.holds = False
+            self.open = set()
+
+    def give(self, choice, token_id, finish=None):
+        handle = self.handle + choice
+        finishes = [Finish(handle, finish, self.index[choice] + 1)] if finish else []
+        step = StepColumns([handle], [self.index[choice]], (), [token_id], finishes)
+        self.index[choice] += 1
+        if finish:
+            self.open.discard(choice)
+        self.link._on_step(step)
+
+    def lose(self):
+        self.lost, self.holds, self.open = True, False, set()
+        self.link._fail_all()
+
+
+class House:
+    def __init__(self, n, alone, stop):
+        self.clock = Clock()
+        self.deadlines = Deadlines(self.clock)
+        self.prefill, self.decode = FakeWorker(Role.PREFILL), FakeWorker(Role.DECODE)
+        self.workers = (self.prefill, self.decode)
+        self.client, self.ends = Client(), []
+        params = SamplingParams(n=n, max_tokens=100, seed=1, stop=("STOP",) if stop else ())
+        around = Surroundings(self.clock, self.deadlines, Timeouts(10, 10, 10), self.ends.append)
+        self.active = ActiveRequest(
+            Request("r", "m", (1, 2, 3), params), self.client, Text, TextOptions.of(params, False),
+            Record("r", "m", "", 0.0), around, self.clock.now,
+        )  # fmt: skip
+        self.alone = alone
+        if alone:
+            self.active.start_alone(self.decode.link, "decode")
+        else:
+            self.active.start_pair(self.prefill.link, self.decode.link)
+        self.read()
+
+    def read(self):
+        for worker in self.workers:
+            worker.read()
+
+    def prefill_gives(self, choice, token_id, finish):
+        worker = self.prefill
+        if worker.holds and choice in worker.open and worker.index[choice] == 0:
+            worker.give(choice, token_id, finish)
+            if all(worker.index.values()) and not worker.open:
+                worker.holds = False
+
+    def decode_gives(self, choice, token_id, finish):
+        worker = self.decode
+        if worker.holds and choice in worker.open and (self.alone or worker.outputs):
+            self.prefill.holds = False  # it has pulled everything and said so
+            worker.give(choice, token_id, finish)
+            worker.holds = bool(worker.open)
+
+    def run(self, event):
+        kind, choice, flag = event
+        choice %= self.active.request.params.n
+        token_id = STOP_TOKEN if flag == 1 else PLAIN_TOKEN
+        finish = FinishReason.LENGTH if flag == 2 else None
+        if kind == "prefill":
+            self.prefill_gives(choice, token_id, finish)
+        elif kind == "decode":
+            self.decode_gives(choice, token_id, finish)
+        elif kind == "announce" and self.prefill.holds:
+            announcement = Announcement(self.prefill.handle, b"t", (b"m",))
+            stats = PromptStats(self.prefill.handle, 3, 1)
+            self.prefill.link._on_step(StepColumns([], [], (), [], prompts=[stats], announcements=[announcement]))
+        elif kind == "error" and (worker := self.workers[flag % 2]).holds:
+            error = Finish(worker.handle + choice, FinishReason.ERROR, 0, error=EngineFailed("broken"))
+            worker.holds, worker.open = False, set()
+            worker.link._on_step(StepColumns([], [], (), [], [error]))
+        elif kind == "lose" and not (worker := self.workers[flag % 2]).lost:
+            worker.lose()
+        elif kind == "wait":
+            self.clock.advance(11.0)
+        elif kind == "cancel":
+            self.active.cancel()
+        self.read()
+
+
+KINDS = st.sampled_from(["prefill"] * 4 + ["decode"] * 6 + ["announce", "error", "lose", "wait", "cancel"])
+EVENTS = st.lists(st.tuples(KINDS, st.integers(0, 2), st.integers(0, 3)), max_size=25)
+
+
+@given(n=st.integers(1, 3), alone=st.booleans(), stop=st.booleans(), events=EVENTS)
+@settings(max_examples=300, deadline=None)
+def test_whatever_happens_a_request_ends_once_and_leaves_nothing(n, alone, stop, events):
+    async def go():
+        house = House(n, alone, stop)
+        for event in events:
+            house.run(event)
+        for _ in range(3):  # silence ends it at the latest
+            house.run(("wait", 0, 0))
+        return house
+
+    house = asyncio.run(go())
+    assert house.active.done
+    assert len(house.ends) == 1
+    cancelled = house.active.record.outcome == "cancelled"
+    assert house.client.done != cancelled
+    assert house.client.error is not None or cancelled or len(house.client.finished) == n
+    for worker in house.workers:
+        assert not worker.holds
+        assert worker.link.num_requests == 0
+        assert not worker.link._lanes
+        own = worker.link.own
+        assert (own.num_requests, own.num_prefill_tokens, own.num_context_tokens) == (0, 0, 0)
+    for choice, count in house.client.tokens.items():
+        assert count == house.active.choices[choice].num_tokens
+
+
+def test_a_clock_that_was_put_off_does_not_fire_at_its_old_time():
+    clock = Clock()
+    deadlines = Deadlines(clock)
+
+    class Timed:
+        deadline = 105.0
+        fired = ()
+
+        def on_deadline(self, now):
+            self.fired += (now,)
+            self.deadline = float("inf")
+
+    first, second = Timed(), Timed()
+    deadlines.watch(first)
+    second.deadline = 103.0
+    deadlines.watch(second)
+    first.deadline = 120.0
+    clock.advance(6)
+    assert (first.fired, second.fired) == ((), (106.0,))
+    clock.advance(15)
+    assert first.fired == (121.0,)
+    assert not clock.timers
+
+
+def test_stop_text_here_is_what_the_matcher_finds():
+    assert StopMatcher(("STOP",)).push(Text().push(STOP_TOKEN)) == ("", True)
