@@ -273,7 +273,8 @@ class Puller:
         except TicketRefused as error:
             self._run(self._ledger.renew_refused(action.handle, ticket.nonce, error))
         except WorkerLost as error:
-            self._failed(action.handle, as_handover(error))
+            lost = PeerLost(f"the prefill worker cannot be reached: {error.message}")
+            self._run(self._ledger.renew_refused(action.handle, ticket.nonce, lost))
         except PdserveError as error:
             log.info("renewal failed", extra={"reason": error.reason})  # the next one comes well within the lease
 

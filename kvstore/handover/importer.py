@@ -148,8 +148,8 @@ class ImportLedger:
         request.binding = not isinstance(error, TicketRefused | FingerprintMismatch)  # refused: nothing to release
         return self._fail(request, error)
 
-    def renew_refused(self, handle: int, nonce: bytes, error: TicketRefused) -> list[ImportAction]:
-        """The exporter has forgotten the ticket: no need to wait for a pull to find out."""
+    def renew_refused(self, handle: int, nonce: bytes, error: HandoverError) -> list[ImportAction]:
+        """The exporter has forgotten the ticket, or is gone: no need to wait for a pull to find out."""
         request = self._of_ticket(handle, nonce)
         return [] if request is None or request.complete else self._fail(request, error)
 

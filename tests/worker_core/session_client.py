@@ -229,8 +229,9 @@ class PairRequest:
         """Set to stop relaying."""
         self.change_relay: Callable[[Relay], Relay] = lambda relay: relay
 
-    def start(self) -> PairRequest:
-        self.rest = self._decode.submit(self.request, Phase.DECODE)
+    def start(self, rest: Reply | None = None) -> PairRequest:
+        """Submit to both workers; with `rest`, only to prefill, for a decode submission that waits already."""
+        self.rest = rest or self._decode.submit(self.request, Phase.DECODE)
         self.first = self._prefill.submit(self.request, Phase.PREFILL, self.pump)
         return self
 

@@ -31,7 +31,7 @@ from pdserve.errors import (
     StaleBlock,
     TicketRefused,
 )
-from pdserve.types import FinishReason, Phase, SamplingParams
+from pdserve.types import FinishReason, Phase, Role, SamplingParams
 from pdserve.wire.handover import decode_manifest, decode_ticket, encode_ticket
 from pdserve.wire.session import Relay
 
@@ -360,3 +360,20 @@ async def test_a_prefill_worker_that_stops_gives_its_requests_a_typed_error() ->
         assert caught.value.retryable
         handed.cancel()
         await until_free(pair.decode_worker)
+
+
+async def test_a_prefill_that_is_retried_elsewhere_replaces_the_first() -> None:
+    async with running_pair() as pair, running(Role.PREFILL) as second_worker:
+        request = make_request(length=300)
+        gate = Gate().install(pair.decode_worker)
+        lost = pair.start(request)
+        await gate.reached()
+        lost.hold_back = True
+        pair.prefill.cancel(lost.first)
+        second = await RouterSession.open(second_worker.address)
+        retried = PairRequest(second, pair.decode, request).start(lost.rest)
+        await retried.first.until(lambda: retried.first.prompt is not None)
+        gate.open.set()
+        assert await retried.result() == expected(request)
+        await until_free(pair.prefill_worker, second_worker, pair.decode_worker)
+        await second.close()

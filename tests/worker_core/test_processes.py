@@ -10,7 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from session_client import RouterSession
-from worker_pair import Gate, Pair, expected, make_request, running, until_free
+from worker_pair import Gate, Pair, expected, make_request, running, until, until_free
 from worker_process import WorkerProcess, spawn, worker_process
 
 from pdserve.errors import Draining, PeerLost
@@ -132,6 +132,25 @@ async def test_a_killed_prefill_worker_gives_a_typed_error_quickly_and_never_a_t
             await decode.close()
 
 
+async def test_a_prefill_worker_that_dies_between_two_chunks_is_found_out_by_the_lease() -> None:
+    async with (
+        worker_process("prefill", ticket_lease_s=0.9, **SLOW) as p,
+        running(Role.DECODE) as decode_worker,
+    ):
+        prefill = await RouterSession.open(p.address)
+        decode = await RouterSession.open(decode_worker.address)
+        handed = Pair(None, decode_worker, prefill, decode).start(make_request(length=8000))
+        await handed.first.until(lambda: bool(handed.first.announcements))
+        handed.hold_back = True  # decode hears nothing more, as if prefill were busy
+        await until(lambda: decode_worker.kv_bytes_pulled > 0)
+        p.signal(signal.SIGKILL)
+        with pytest.raises(PeerLost):
+            await handed.rest.result()
+        await until_free(decode_worker)
+        await prefill.close()
+        await decode.close()
+
+
 async def test_a_killed_workers_shared_memory_is_swept_by_the_next() -> None:
     async with worker_process("prefill") as worker:
         names = _segments(worker.process.pid)
@@ -154,12 +173,8 @@ def _segments(pid: int) -> list[str]:
     ("arguments", "key"),
     [
         (["--set", "engin=sim"], "engin"),
-        (["--set", "engine=abacus"], "engine"),
         (["--set", "engine=sim", "--set", "listen=0.0.0.0:0"], "advertise"),
-        (["--set", "engine=sim", "--set", "listen=nowhere"], "listen"),
-        (["--set", "engine=sim", "--set", "transports=[pigeon]"], "kv.transports"),
         (["--set", "engine=sim", "--set", "tls.cert_file=/nonexistent"], "tls"),
-        (["--config", "/nonexistent.yaml"], "config"),
     ],
 )
 async def test_a_config_error_names_its_key(arguments: list[str], key: str) -> None:
