@@ -30,3 +30,23 @@ docs: $(SETUP)
 
 bench-peers: $(SETUP)
 	bash deploy/bench-peers.sh "$(PYTHON)"
+
+test-wheel: $(SETUP)
+	bash deploy/test-wheel.sh $(PY)
+
+parity-slice: $(SETUP)
+	$(PY) -m pdserve_cli parity --prompts 6 --max-prompt 700 --json
+	$(PY) -m pdserve_cli parity --prompts 32 --engine sim --json
+	$(PY) -m pdserve_cli parity --prompts 3 --max-prompt 300 --dtype bf16 --transport shm --no-reference --json
+
+parity-full: $(SETUP)
+	$(PY) -m pdserve_cli parity --prompts 64 --chunk 96 --chunk 512 --chunk 2048 --batch 1 --batch 4 --batch 16 --json
+	$(PY) -m pdserve_cli parity --prompts 64 --dtype bf16 --no-reference --json
+	$(PY) -m pdserve_cli parity --prompts 500 --engine sim --json
+
+bench-smoke: $(SETUP) bench-peers
+	$(PY) benchmarks/engine.py --quick --json
+	$(PY) benchmarks/router.py --quick --rounds 1 --json
+
+test-vllm:
+	bash deploy/test-vllm.sh "$(PYTHON)"
