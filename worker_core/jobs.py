@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -182,9 +183,10 @@ class JobTable:
         self._end(job)
 
     def _tell_error(self, job: Job, error: PdserveError) -> None:
-        error.leg = error.leg or job.leg
-        error.work_done = error.work_done or job.work_done
-        job.session.add_error([choice & HANDLE_MASK for choice in sorted(job.open_choices)], error)
+        told = copy(error)  # one error may end many requests, each on its own leg
+        told.leg = error.leg or job.leg
+        told.work_done = error.work_done or job.work_done
+        job.session.add_error([choice & HANDLE_MASK for choice in sorted(job.open_choices)], told)
         self._finished[FinishReason.ERROR].inc(len(job.open_choices))
 
     def fail_all(self, error: PdserveError) -> None:

@@ -74,7 +74,8 @@ class Worker:
         self.http_port = await self._status.start()
         engine = await self.engine.start()
         self.port.open()
-        self._assemble(engine, await self._start_rpc())
+        self._load = await self.engine.call(lambda engine: engine.load())
+        self._assemble(engine, await self._start_rpc(), self._load.num_total_blocks)
         await self._server.set_serving(True)
         self._state = "ready"
         self._ready.set()
@@ -93,10 +94,10 @@ class Worker:
         self._server.add(RELEASE, lambda request: self.exporter.release(request))
         return await self._server.start()
 
-    def _assemble(self, engine: HandoverEngine, port: int) -> None:
+    def _assemble(self, engine: HandoverEngine, port: int, num_blocks: int) -> None:
         config, pool = self._config, self.port.pool
         self.address = config.advertise or f"{advertised_host(config)}:{port}"
-        self.info = self._describe(engine, len(engine.memory.generations))
+        self.info = self._describe(engine, num_blocks)
         self._metrics = WorkerMetrics(self.registry, self.info.model.name)
         self.jobs = JobTable(self.engine, self.info.model.name, self._metrics)
         ledger = ExportLedger(
@@ -133,8 +134,8 @@ class Worker:
         )
 
     async def drain(self) -> None:
-        """Take nothing new, let what runs finish (exports wait for their pulls), at most `drain_timeout_s`; then
-        stop. Safe to call again."""
+        """Take nothing new and let what runs finish (exports wait for their pulls), for `drain_timeout_s` at most.
+        `stop` should follow. Safe to call again."""
         if self._draining:
             return
         self._draining = self.jobs.draining = True
@@ -205,9 +206,8 @@ class Worker:
     # ---- from the engine's thread, on the loop ----
 
     def _on_round(self, round_: Round) -> None:
-        if not self._ready.is_set():  # before it serves, an engine only tells its load
-            self._load = round_.load
-            return
+        if not self._ready.is_set():
+            return  # not serving yet, or no more: no request is here
         self.jobs.on_round(round_)
         if round_.load is not None:
             self._load = replace(round_.load, kv_bytes_pulled=self.kv_bytes_pulled)

@@ -291,6 +291,8 @@ async def test_an_engine_that_raises_fails_its_requests_and_the_worker() -> None
             with pytest.raises(EngineFailed) as caught:
                 await reply.result()
             assert "out of dilithium" in caught.value.message
+            ran = reply is not waiting
+            assert (caught.value.leg, caught.value.work_done) == ("decode" if ran else "transfer", ran)
         for router in routers:
             assert isinstance(await router.ended, EngineFailed)
             await router.close()

@@ -144,6 +144,14 @@ async def until_free(*workers: Worker) -> None:
             while not await _is_free(worker):  # noqa: ASYNC110 - nobody announces it
                 await asyncio.sleep(0.005)
             await worker.engine.call(lambda engine: engine.check_integrity())
+            _check_nothing_is_remembered(worker)
+
+
+def _check_nothing_is_remembered(worker: Worker) -> None:
+    jobs, puller, exporter = worker.jobs, worker.puller, worker.exporter
+    left = (jobs._choices, puller._open, puller._sources, puller._running, exporter._open)
+    assert not any(left), left
+    assert not len(jobs._deadlines)
 
 
 async def _is_free(worker: Worker) -> bool:
