@@ -22,7 +22,12 @@ CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 WAIT_S = 30.0
 """Bound of every wait: far beyond what is ever needed, so that a busy machine fails no test."""
-_IDLE = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "pdserve_exported_blocks")
+_IDLE = (
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "pdserve_exported_blocks",
+)
 
 
 async def eventually(predicate: Callable[[], Any], timeout_s: float = WAIT_S) -> Any:

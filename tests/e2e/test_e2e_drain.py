@@ -123,9 +123,7 @@ async def test_a_router_finishes_its_streams_and_refuses_newcomers(start_sim: An
     events = await stream.result()
     assert (events.done, events.token_ids) == (True, tokens)
     response = await asyncio.wait_for(whole, WAIT_S)
-    assert response.json()["choices"][0]["token_ids"] == sim_tokens(
-        LONG, max_tokens=10, ignore_eos=True, temperature=0
-    )
+    assert response.json()["choices"][0]["token_ids"] == sim_tokens(LONG, max_tokens=10, ignore_eos=True, temperature=0)
     assert await ended(cluster.router) == 0
     await all_blocks_free(cluster)
 

@@ -21,7 +21,10 @@ pytestmark = [pytest.mark.e2e, pytest.mark.torch_model, pytest.mark.asyncio(loop
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 PERSON = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
     "required": ["name", "age"],
     "additionalProperties": False,
 }
@@ -51,9 +54,7 @@ async def test_a_stream_is_the_whole_answer_in_pieces(client: openai.AsyncOpenAI
 
 
 async def test_a_completion_continues_its_prompt(client: openai.AsyncOpenAI) -> None:
-    answer = await client.completions.create(
-        model=MODEL, prompt="Count: 1, 2, 3, 4, 5,", temperature=0, max_tokens=4
-    )
+    answer = await client.completions.create(model=MODEL, prompt="Count: 1, 2, 3, 4, 5,", temperature=0, max_tokens=4)
     assert answer.choices[0].text == " 6, 7"
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage
@@ -138,7 +139,9 @@ async def test_chat_logprobs_are_of_the_tokens_sent(client: openai.AsyncOpenAI) 
     assert logprobs
     assert logprobs.content
     assert len(logprobs.content) == 6
-    assert b"".join(bytes(entry.bytes or []) for entry in logprobs.content).decode() == answer.choices[0].message.content
+    assert (
+        b"".join(bytes(entry.bytes or []) for entry in logprobs.content).decode() == answer.choices[0].message.content
+    )
     for entry in logprobs.content:
         tops = [top.logprob for top in entry.top_logprobs]
         assert len(tops) == 3
