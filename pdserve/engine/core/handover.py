@@ -38,6 +38,8 @@ class Exports:
         self._held: dict[int, dict[int, list[int]]] = {}
         """Area blocks by handle and chunk index."""
         self._num_chunks: dict[int, int] = {}
+        self._leaving: int | None = None
+        """The request of which a part has left."""
 
     @property
     def num_blocks(self) -> int:
@@ -58,17 +60,24 @@ class Exports:
         self._pending.append(_PendingExport(handle, first_token, end - first_token, blocks, final))
 
     def flush(self) -> list[ExportedChunk]:
-        """Move pending chunks out, in order, while there is room; a large one leaves in parts."""
+        """Move pending chunks out while there is room; a large one leaves in parts."""
         chunks = []
-        while self._pending:
-            pending = self._pending[0]
+        while (pending := self._next()) is not None:
             blocks = self._area.export(pending.pool_blocks)
             if not blocks:
                 break
             chunks.append(self._export(pending, blocks))
             if not pending.pool_blocks:
-                self._pending.popleft()
+                self._pending.remove(pending)
+            self._leaving = None if chunks[-1].final else pending.handle
         return chunks
+
+    def _next(self) -> _PendingExport | None:
+        """In order. Through a staging area one request after the other: else a request that has room at its decode
+        worker may wait here for the room of one that has none there, and that one for the first."""
+        if self._area.staged and self._leaving is not None:
+            return next((pending for pending in self._pending if pending.handle == self._leaving), None)
+        return self._pending[0] if self._pending else None
 
     def release(self, handle: int, chunk_index: int | None) -> None:
         """End the hold on one chunk, or on all and on those that have not left yet."""
@@ -88,6 +97,8 @@ class Exports:
         """The request is gone and its handle may be used again."""
         self.drop(handle)
         self._num_chunks.pop(handle, None)
+        if self._leaving == handle:
+            self._leaving = None
 
     def area_blocks(self) -> Iterator[Sequence[int]]:
         return self._blocks()

@@ -31,6 +31,11 @@ class HandoverArea(Protocol):
     @property
     def pool(self) -> BlockManager: ...
 
+    @property
+    def staged(self) -> bool:
+        """Whether exports wait for room."""
+        ...
+
     def export(self, pool_blocks: Blocks) -> list[int]:
         """Take over the caller's hold on these blocks, or on as many leading ones as there is room for: the blocks
         that peers may read instead, until `release`."""
@@ -63,6 +68,8 @@ class HandoverArea(Protocol):
 class DirectArea:
     """The pool is host memory: peers read and write its blocks."""
 
+    staged = False
+
     def __init__(self, runner: ModelRunner, memory: KVMemory) -> None:
         self.memory = memory
         self.pool = BlockManager(memory.generations)
@@ -92,6 +99,8 @@ class DirectArea:
 
 class StagedArea:
     """The pool is on a device: blocks are copied through host memory."""
+
+    staged = True
 
     def __init__(self, runner: ModelRunner, memory: KVMemory, num_pool_blocks: int) -> None:
         self.memory = memory

@@ -66,6 +66,8 @@ class Scheduler:
         self.waiting: list[Choice] = []
         """Those with blocks wait for a slot only."""
         self.reserving: list[Reservation] = []
+        self.reserved: list[Reservation] = []
+        """Granted, and not yet turned into blocks."""
         self.stuck = False
         """Nothing could be scheduled; only an event from outside can change that."""
         self.num_preemptions = 0
@@ -119,26 +121,49 @@ class Scheduler:
             first = self.reserving[0]
             if first.num_blocks + self._need_of_older_waiting(first) > self._pool.num_available:
                 return
-            self._pool.reserve(first.num_blocks)
-            first.granted = True
-            self.reserving.pop(0)
+            self._grant(first)
 
     def withdraw(self, reservation: Reservation) -> None:
         """The reservation is used up or no longer wanted."""
         if reservation.granted:
             self._pool.unreserve(reservation.num_blocks)
+            self.reserved.remove(reservation)
         else:
             self.reserving.remove(reservation)
 
     def open_reserved(self, seq: Choice, reservation: Reservation) -> bool:
-        """Turn a granted reservation into blocks, the cached ones first; False while it is not granted."""
+        """Its KV is ready to come: turn the reservation into blocks, the cached ones first; False while there is no
+        room."""
         self.grant()
-        if not reservation.granted:
+        if not reservation.granted and not self._take_over(reservation):
             return False
         self.withdraw(reservation)
         table = self._pool.open_table(self.cached_keys(seq, len(seq.token_ids)), reservation.num_blocks)
         assert table is not None, "what was reserved is there"
         self._hold(seq, *table)
+        return True
+
+    def _grant(self, reservation: Reservation) -> None:
+        self._pool.reserve(reservation.num_blocks)
+        reservation.granted = True
+        self.reserving.remove(reservation)
+        insort(self.reserved, reservation, key=_order)
+
+    def _revoke(self, reservation: Reservation) -> None:
+        self._pool.unreserve(reservation.num_blocks)
+        reservation.granted = False
+        self.reserved.remove(reservation)
+        insort(self.reserving, reservation, key=_order)
+
+    def _take_over(self, reservation: Reservation) -> bool:
+        """Use what was reserved for others whose KV is not there yet, the youngest first. Else two pools may wait for
+        each other: the exporter, full of KV that has no room here, can't compute the KV that has."""
+        need = reservation.num_blocks + self._need_of_older_waiting(reservation)
+        if need > self._pool.num_available + sum(other.num_blocks for other in self.reserved):
+            return False
+        while need > self._pool.num_available:
+            self._revoke(self.reserved[-1])
+        self._grant(reservation)
         return True
 
     # A step
@@ -296,6 +321,10 @@ class Scheduler:
         return True
 
     def _preempt_younger(self, seq: Choice) -> bool:
+        """Give up what the youngest holds; first a mere reservation, which costs nothing."""
+        if self.reserved and self.reserved[-1].order > seq.order:
+            self._revoke(self.reserved[-1])
+            return True
         victim = self._youngest((self.decoding, self.prefilling, self._waiting_with_blocks()), seq)
         if victim is None:
             return False

@@ -250,13 +250,53 @@ def test_decode_submissions_wait_for_room_in_order(bench):
         d.submit(prompt_of(20, handle), handle=handle, phase=Phase.DECODE)
     assert d.engine.load().num_free_blocks == 0
     assert d.engine.load().num_waiting == 1
-    assert d.engine.import_blocks(2, 0, 16) is None
+    assert d.engine.import_blocks(0, 0, 16) is not None
     assert d.engine.import_blocks(1, 0, 16) is not None
+    assert d.engine.import_blocks(2, 0, 16) is None
     d.engine.cancel(0)
     assert d.engine.import_blocks(2, 0, 16) is not None
     for handle in (1, 2):
         d.engine.cancel(handle)
     d.assert_empty()
+
+
+def test_what_is_ready_to_come_takes_the_room_of_what_is_not(bench, alone):
+    """Else the exporter, full of KV that has no room at decode, can't compute the KV that has."""
+    p, d = bench(8, max_model_len=32), bench(8, max_model_len=32)
+    for handle, priority in ((0, 1), (1, 0)):
+        d.submit(prompt_of(20, handle), handle=handle, phase=Phase.DECODE, priority=priority, max_tokens=3)
+    ready = p.submit(prompt_of(20, 1), handle=1, phase=Phase.PREFILL, priority=0, max_tokens=3)
+    p.submit(prompt_of(20, 0), handle=0, phase=Phase.PREFILL, priority=1, max_tokens=3)
+    p.drain()
+    assert {chunk.handle for chunk in p.said.exports} == {1}, "no room for both at prefill"
+    assert all(d.pull(p, 1, chunk) for chunk in p.said.exports)
+    d.engine.resume(1, [p.said.tokens[1]], [False])
+    p.engine.export_release(1)
+    d.drain()
+    assert p.said.tokens[1] + d.said.tokens[1] == alone(ready)[0]
+    p.drain()
+    assert all(d.pull(p, 0, chunk) for chunk in p.said.exports if chunk.handle == 0)
+
+
+def test_a_running_sequence_takes_the_room_reserved_for_a_younger_one(bench, alone):
+    d = bench(4, max_model_len=16)
+    request = d.submit(prompt_of(7), max_tokens=8)
+    d.step()
+    d.submit(prompt_of(8, 3), handle=1, phase=Phase.DECODE)
+    assert d.engine.load().num_free_blocks == 0
+    assert d.drain().tokens[0] == alone(request)[0]
+    assert d.engine.load().num_preemptions == 0
+
+
+def test_through_a_staging_area_requests_leave_one_after_the_other(bench):
+    b = bench(host=False, staging_blocks=3, chunk_tokens=8, max_num_batched_tokens=16)
+    for handle in (0, 1):
+        b.submit(prompt_of(16, handle), handle=handle, phase=Phase.PREFILL)
+    b.drain()
+    assert [chunk.handle for chunk in b.said.exports] == [0, 0]
+    b.engine.cancel(0)
+    b.drain()
+    assert [chunk.handle for chunk in b.said.exports] == [0, 0, 1, 1]
 
 
 def test_reserved_blocks_are_not_taken_by_other_requests(bench):
