@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
 
 from kvstore.handover.verify import PoolDescriptor
@@ -13,6 +14,8 @@ from pdserve.config import WorkerConfig
 from pdserve.engine.base import KVMemory
 from pdserve.errors import ConfigError
 from pdserve.rpc import Tls
+
+log = logging.getLogger("pdserve.worker")
 
 
 def split_address(address: str, key: str) -> tuple[str, int]:
@@ -37,6 +40,8 @@ class MemoryPort:
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
         self._pool: SharedMemoryPool | None = None
+        tls = config.tls.rpc()
+        self._tls = BulkTls(tls) if tls else None
         self.transports: dict[str, Transport] = {}
         self.offers: dict[str, bytes] = {}
         """Descriptor of this worker's memory on each transport."""
@@ -65,16 +70,23 @@ class MemoryPort:
             self.transports[name] = transport
             self.offers[name] = PoolDescriptor.of(self.pool, transport.register(self.pool.region)).encode()
 
+    def refresh_tls(self) -> None:
+        """Before a peer connects here, or this worker to a peer: certificates may have been renewed in place."""
+        if self._tls is not None:
+            try:
+                self._tls.refresh()
+            except ConfigError as error:
+                log.warning("renewed certificates are not usable yet", extra={"reason": error.message})
+
     def _tcp_options(self) -> TcpOptions:
-        config = self._config
-        tls = config.tls.rpc()
+        config, tls = self._config, self._tls
         return TcpOptions(
             host=config.transport_host or split_address(config.listen, "listen")[0],
             advertise_host=advertised_host(config),
             progress_timeout_s=config.transfer_timeout_s,
             connect_timeout_s=config.bind_timeout_s,
-            server_tls=_tls_context(tls, server=True),
-            client_tls=_tls_context(tls, server=False),
+            server_tls=tls.server if tls else None,
+            client_tls=tls.client if tls else None,
         )
 
     def close(self) -> None:
@@ -85,18 +97,31 @@ class MemoryPort:
             self._pool.close()
 
 
-def _tls_context(tls: Tls | None, *, server: bool) -> ssl.SSLContext | None:
+class BulkTls:
     """The control path's certificates for the bulk path: both sides prove themselves. Host names are not checked:
-    the ticket's descriptor, which came over the control path, says where to connect."""
-    if tls is None:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_REQUIRED
-    try:
-        context.load_cert_chain(tls.cert_file, tls.key_file)
-        context.load_verify_locations(tls.ca_file)
-    except OSError as error:
-        raise ConfigError(f"tls files cannot be read: {error}", key="tls") from error
-    return context
+    the descriptor, which came over the control path, says where to connect."""
+
+    def __init__(self, tls: Tls) -> None:
+        """Raises `ConfigError` when a file can't be used."""
+        self._tls = tls
+        self.server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        for context in (self.server, self.client):
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_REQUIRED
+        self._stamp: tuple[int, ...] = ()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the files again if they have changed; connections that stand keep what they have."""
+        try:
+            stamp = self._tls.stamp()
+            if stamp == self._stamp:
+                return
+            for context in (self.server, self.client):
+                context.load_cert_chain(self._tls.cert_file, self._tls.key_file)
+                context.load_verify_locations(self._tls.ca_file)
+            self._stamp = stamp
+        except OSError as error:
+            raise ConfigError(f"tls files cannot be used: {error}", key="tls") from error

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvstore.handover.verify import DigestPolicy, PoolDescriptor
-from kvstore.transports.base import Peer, Transport
+from kvstore.transports.base import Peer
 from pdserve.errors import HandoverError
 from pdserve.rpc import Channel, Tls
 from pdserve.types import KVTicket
 from pdserve.wire.handover import Bound
+from worker_core.memory_port import MemoryPort
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +36,8 @@ class _SourceKey:
 class Peers:
     """All exporters that this worker has met. Reads of one exporter share one peer."""
 
-    def __init__(
-        self, transports: Mapping[str, Transport], policies: Mapping[str, DigestPolicy], tls: Tls | None
-    ) -> None:
-        self._transports = transports
+    def __init__(self, port: MemoryPort, policies: Mapping[str, DigestPolicy], tls: Tls | None) -> None:
+        self._port = port
         self._policies = policies
         self._tls = tls
         self._channels: dict[str, Channel] = {}
@@ -65,7 +64,8 @@ class Peers:
             raise
 
     async def _connect(self, key: _SourceKey) -> Source:
-        transport = self._transports.get(key.transport)
+        self._port.refresh_tls()
+        transport = self._port.transports.get(key.transport)
         if transport is None:
             raise HandoverError(f"the exporter chose the transport {key.transport!r}, which this worker has not")
         memory = PoolDescriptor.decode(key.memory)

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,8 +32,6 @@ from kvstore.handover.actions import (
 from kvstore.handover.importer import ImportLedger
 from kvstore.handover.incoming import ImportLimits
 from kvstore.handover.verify import DigestPolicy, pull_blocks
-from kvstore.transports.base import Transport
-from kvstore.transports.shm import SharedMemoryPool
 from pdserve.config import WorkerConfig
 from pdserve.engine.base import HandoverEngine, ImportTarget
 from pdserve.errors import (
@@ -53,6 +51,7 @@ from pdserve.wire.session import Relay
 from worker_core.engine_thread import EngineThread
 from worker_core.identity import num_context_tokens
 from worker_core.jobs import Job, JobTable
+from worker_core.memory_port import MemoryPort
 from worker_core.peers import Peers, Source
 
 TICK_S = 0.25
@@ -79,25 +78,23 @@ class Puller:
         config: WorkerConfig,
         info: WorkerInfo,
         engine: EngineThread,
-        pool: SharedMemoryPool,
         jobs: JobTable,
         metrics: WorkerMetrics,
-        *,
-        transports: Mapping[str, Transport],
+        port: MemoryPort,
     ) -> None:
         self._info = info
         self._engine = engine
-        self._pool = pool
+        self._pool = port.pool
         self._jobs = jobs
         self._metrics = metrics
-        self._offered = tuple(transports)
+        self._offered = tuple(port.transports)
         self._control_timeout_s = config.bind_timeout_s
         self._bulk = ThreadPoolExecutor(config.pull_threads, "pull")
         policies = {"shm": DigestPolicy(every=config.digest_every)}
-        self._peers = Peers(transports, policies, config.tls.rpc())
+        self._peers = Peers(port, policies, config.tls.rpc())
         limits = ImportLimits(announce_s=config.relay_timeout_s, max_bytes_in_flight=config.pull_credit_bytes)
         self._ledger = ImportLedger(
-            info.fingerprint, info.block_tokens, pool.block_bytes, clock=time.monotonic, limits=limits
+            info.fingerprint, info.block_tokens, self._pool.block_bytes, clock=time.monotonic, limits=limits
         )
         self._open: dict[int, Job] = {}
         self._sources: dict[int, dict[bytes, Source]] = {}

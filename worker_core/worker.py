@@ -23,7 +23,7 @@ from pdserve.errors import Draining, EngineFailed, PdserveError
 from pdserve.metrics import CONTENT_TYPE, WorkerMetrics, render
 from pdserve.rpc import RpcServer, ServerStream
 from pdserve.types import EngineLoad, Role, WorkerInfo
-from pdserve.wire.handover import BIND, RELEASE, RENEW
+from pdserve.wire.handover import BIND, RELEASE, RENEW, Bind, Bound
 from pdserve.wire.session import SESSION, RouterUpdate, WorkerHello, WorkerUpdate
 from worker_core.engine_thread import EngineThread, Round
 from worker_core.exporter import Exporter
@@ -89,7 +89,7 @@ class Worker:
             self._config.listen, tls=self._config.tls.rpc(), allow_plaintext=self._config.allow_plaintext
         )
         self._server.add(SESSION, self._serve_session)
-        self._server.add(BIND, lambda request: self.exporter.bind(request))
+        self._server.add(BIND, self._bind)
         self._server.add(RENEW, lambda request: self.exporter.renew(request))
         self._server.add(RELEASE, lambda request: self.exporter.release(request))
         return await self._server.start()
@@ -111,9 +111,7 @@ class Worker:
         self.exporter = Exporter(
             ledger, self.engine, pool, self.jobs, self._metrics, offers=self.port.offers, host_id=self.info.host_id
         )
-        self.puller = Puller(
-            config, self.info, self.engine, pool, self.jobs, self._metrics, transports=self.port.transports
-        )
+        self.puller = Puller(config, self.info, self.engine, self.jobs, self._metrics, self.port)
         self.jobs.exports = self.exporter
         self.jobs.imports = self.puller
 
@@ -193,6 +191,10 @@ class Worker:
             self.jobs.drop_session(session)
             self._metrics.sessions.dec()
             log.info("session ended", extra={"router_id": session.router_id})
+
+    async def _bind(self, request: Bind) -> Bound:
+        self.port.refresh_tls()
+        return await self.exporter.bind(request)
 
     def _healthz(self) -> Answer:
         return Answer(503, b"the engine failed\n") if self.failed.done() else Answer(200, b"ok\n")

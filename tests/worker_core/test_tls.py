@@ -94,3 +94,21 @@ async def test_workers_hand_over_under_mutual_tls_and_strangers_get_nothing(tmp_
         plain.close()
         await prefill.close()
         await decode.close()
+
+
+async def test_certificates_that_were_renewed_in_place_are_taken_up_on_both_paths(tmp_path: Path) -> None:
+    old = Authority.make(tmp_path / "old", "pdserve")
+    tls = old.issue("worker")
+    async with running(Role.PREFILL, transports=["tcp"], **_config(tls)) as prefill_worker:
+        renewed = Authority.make(tmp_path / "new", "pdserve 2")
+        files = renewed.issue("worker")
+        for source in (files.cert_file, files.key_file, files.ca_file):
+            target = Path(source.replace("/new/", "/old/"))
+            target.write_bytes(Path(source).read_bytes())
+        async with running(Role.DECODE, transports=["tcp"], **_config(tls)) as decode_worker:
+            prefill = await RouterSession.open(prefill_worker.address, tls=renewed.issue("router"))
+            decode = await RouterSession.open(decode_worker.address, tls=renewed.issue("router"))
+            request = make_request(length=300)
+            assert await PairRequest(prefill, decode, request).start().result() == expected(request)
+            await prefill.close()
+            await decode.close()
