@@ -152,7 +152,7 @@ class ActiveRequest:
         self._set_clock("decode")
 
     def on_prefilled(self, outputs: tuple[FirstOutput, ...]) -> None:
-        if not self.done and self._decode is not None:
+        if self._decode is not None:
             self._decode.link.relay(self._decode.handle, outputs=outputs)
             self._set_clock("transfer")
 

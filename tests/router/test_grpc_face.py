@@ -328,6 +328,15 @@ async def test_a_stream_whose_client_goes_frees_everything(serve, wait_until):
     await served.house.wait_idle()
 
 
+async def test_a_unary_call_whose_client_goes_frees_everything(serve, wait_until):
+    served = await serve(SLOW)
+    call = served.oip.ModelInfer(infer(tensor("text_input", b"x"), max_tokens=2000))
+    await wait_until(lambda: served.core.admission.num_inflight == 1)
+    call.cancel()
+    await wait_until(lambda: served.core.admission.num_inflight == 0)
+    await served.house.wait_idle()
+
+
 # ---- the sink between ----
 
 

@@ -94,6 +94,23 @@ async def test_a_choice_that_prefill_ends_never_reaches_decode(house, sink, inco
     await house.wait_idle()
 
 
+async def test_a_choice_that_prefill_ends_does_not_run_on_while_the_others_decode(house, sink, incoming):
+    await house.pair()
+    core, probe = await house.core(), sink()
+    ask = {"n": 2, "temperature": 1.0, "seed": 5}
+    core.submit(incoming("abc", max_tokens=1, **ask), probe)
+    await probe.result()
+    stop = probe.token_ids[0][0]
+    assert probe.token_ids[1][0] != stop
+    got = sink()
+    handle = core.submit(incoming("abc", max_tokens=20, stop_token_ids=(stop,), **ask), got)
+    await got.result()
+    assert got.token_ids[0] == [stop]
+    assert got.token_ids[1] == expected_tokens(house.sim, handle.request, 1)
+    decode = house.workers[1].registry
+    assert decode.get_sample_value("vllm:generation_tokens_total", {"model_name": "tiny"}) == len(got.token_ids[1]) - 1
+
+
 async def test_a_stop_string_ends_the_request_on_both_workers(house, sink, incoming):
     await house.pair(SLOW_DECODE)
     core, probe = await house.core(), sink()

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pdserve.errors import EngineFailed
@@ -201,6 +201,13 @@ KINDS = st.sampled_from(["prefill"] * 4 + ["decode"] * 6 + ["announce", "error",
 EVENTS = st.lists(st.tuples(KINDS, st.integers(0, 2), st.integers(0, 3)), max_size=25)
 
 
+ONE_STOPS_AT_DECODE = [("prefill", 0, 0), ("prefill", 1, 0), ("decode", 0, 1), ("decode", 1, 2)]
+ONE_STOPS_AT_PREFILL = [("prefill", 0, 1), ("prefill", 1, 0), ("decode", 0, 0), ("decode", 1, 2)]
+
+
+@example(n=2, alone=False, stop=True, events=ONE_STOPS_AT_DECODE)
+@example(n=2, alone=False, stop=True, events=ONE_STOPS_AT_PREFILL)
+@example(n=2, alone=True, stop=True, events=ONE_STOPS_AT_DECODE[2:])
 @given(n=st.integers(1, 3), alone=st.booleans(), stop=st.booleans(), events=EVENTS)
 @settings(max_examples=300, deadline=None)
 def test_whatever_happens_a_request_ends_once_and_leaves_nothing(n, alone, stop, events):

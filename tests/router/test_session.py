@@ -34,6 +34,7 @@ class Leg:
         return self
 
     def take(self, first_index, token_ids, logprobs, finish):
+        assert not self.finishes
         self.tokens += token_ids
         if finish:
             self.finishes.append(finish)
