@@ -3,8 +3,9 @@
 import pytest
 
 from pdserve.block_keys import block_keys
+from pdserve.engine.core.sequences import end_of
 from pdserve.errors import ConfigError, ContextLengthExceeded, EngineFailed, InvalidRequest, NotSupported
-from pdserve.types import FinishReason, Phase
+from pdserve.types import FinishReason, Phase, SamplingParams
 
 EOS = 7
 
@@ -214,6 +215,31 @@ def test_low_priority_is_preempted_first(bench):
     b.drain()
     assert list(b.said.finishes) == [1, 0]
     assert b.engine.load().num_preemptions > 0
+
+
+def test_an_older_request_takes_the_blocks_of_one_that_is_stuck(bench, alone):
+    b = bench(4, max_model_len=16)
+    b.submit(prompt_of(4, 5), handle=9, phase=Phase.PREFILL)
+    b.drain()
+    stuck = b.submit(prompt_of(7), handle=0, max_tokens=8)
+    b.drain()
+    assert 0 not in b.said.finishes, "it waits for the exported block"
+    b.submit(prompt_of(4, 2), handle=1, max_tokens=1, priority=-1)
+    b.drain()
+    assert list(b.said.finishes) == [1]
+    b.engine.export_release(9)
+    assert b.drain().tokens[0] == alone(stuck)[0]
+    b.assert_empty()
+
+
+def test_below_min_tokens_only_lengths_end_a_choice(bench):
+    model = bench(64, max_model_len=30).engine.model
+    params = SamplingParams(min_tokens=5, max_tokens=9, stop_token_ids=(3,))
+    for stop in (EOS, 3):
+        assert end_of(params, model, stop, num_outputs=4, num_tokens=20) is None
+        assert end_of(params, model, stop, num_outputs=5, num_tokens=20) == (FinishReason.STOP, stop)
+    assert end_of(params, model, 1, num_outputs=9, num_tokens=20) == (FinishReason.LENGTH, None)
+    assert end_of(params, model, 3, num_outputs=4, num_tokens=30) == (FinishReason.LENGTH, None)
 
 
 def test_a_prompt_that_never_fits_is_refused_at_once(bench):
