@@ -146,7 +146,7 @@ async def test_one_router_gets_one_message_a_step() -> None:
 async def test_a_deadline_ends_the_request_with_its_leg() -> None:
     async with running(build=SLOW) as worker:
         router = await RouterSession.open(worker.address)
-        slow = router.submit(make_request("slow", max_tokens=5000, timeout_ms=100), Phase.FULL)
+        slow = router.submit(make_request("slow", max_tokens=7000, timeout_ms=100), Phase.FULL)
         other = make_request("other", max_tokens=40, timeout_ms=60_000)
         unhurried = router.submit(other, Phase.FULL)
         with pytest.raises(DeadlineExceeded) as caught:
@@ -187,7 +187,7 @@ async def test_a_choice_can_be_stopped_alone() -> None:
 async def test_stopping_every_choice_ends_the_request() -> None:
     async with running(build=SLOW) as worker:
         router = await RouterSession.open(worker.address)
-        reply = router.submit(make_request(max_tokens=5000), Phase.FULL)
+        reply = router.submit(make_request(max_tokens=7000), Phase.FULL)
         await reply.until(lambda: len(reply.tokens[0]) > 2)
         router.cancel_choice(reply, 0)
         await until_free(worker)
@@ -198,7 +198,7 @@ async def test_stopping_every_choice_ends_the_request() -> None:
 async def test_a_cancelled_request_says_nothing_more() -> None:
     async with running(build=SLOW) as worker:
         router = await RouterSession.open(worker.address)
-        reply = router.submit(make_request(max_tokens=5000), Phase.FULL)
+        reply = router.submit(make_request(max_tokens=7000), Phase.FULL)
         await reply.until(lambda: len(reply.tokens[0]) > 2)
         router.cancel(reply)
         router.cancel(reply)
@@ -210,7 +210,7 @@ async def test_a_cancelled_request_says_nothing_more() -> None:
 async def test_a_router_that_closes_its_side_cancels_its_requests() -> None:
     async with running(build=SLOW) as worker:
         router = await RouterSession.open(worker.address)
-        reply = router.submit(make_request(max_tokens=5000), Phase.FULL)
+        reply = router.submit(make_request(max_tokens=7000), Phase.FULL)
         await reply.until(lambda: len(reply.tokens[0]) > 2)
         await router.half_close()
         assert await router.ended is None
@@ -271,7 +271,7 @@ async def test_a_draining_worker_finishes_what_runs_and_takes_nothing_new() -> N
 async def test_a_drain_ends_though_a_request_does_not() -> None:
     async with running(build=SLOW, drain_timeout_s=0.2) as worker:
         router = await RouterSession.open(worker.address)
-        reply = router.submit(make_request(max_tokens=5000), Phase.FULL)
+        reply = router.submit(make_request(max_tokens=7000), Phase.FULL)
         await reply.until(lambda: len(reply.tokens[0]) > 2)
         await worker.drain()
         await worker.stop()

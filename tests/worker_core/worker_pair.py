@@ -29,8 +29,11 @@ def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
 
 
 def make_request(request_id: str = "r", length: int = 100, max_tokens: int = 8, **changes: object) -> Request:
-    """Greedy unless `params` says otherwise; the prompt depends on the id alone."""
-    params = changes.pop("params", None) or SamplingParams(temperature=0.0, max_tokens=max_tokens, seed=1)
+    """Greedy unless `params` says otherwise, long ones without regard to EOS; the prompt depends on the id alone."""
+    is_long = max_tokens > 100
+    params = changes.pop("params", None) or SamplingParams(
+        temperature=0.0, max_tokens=max_tokens, seed=1, ignore_eos=is_long
+    )
     seed = sum(request_id.encode())
     return replace(Request(request_id, MODEL, prompt(length, seed), params), **changes)
 
