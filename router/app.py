@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import importlib.metadata
 import logging
 import os
@@ -24,7 +25,7 @@ from router.discovery import Discovery, StaticDiscovery
 from router.fleet import Fleet
 from router.grpc_face import InferenceFace
 from router.http.limits import HttpLimits
-from router.http.server import HttpServer
+from router.http.server import AccessRecord, HttpServer
 from router.observer import count_workers
 from router.oip_face import OpenInferenceFace
 from router.request import Timeouts
@@ -89,6 +90,7 @@ class Router:
             metrics=lambda: render(self.registry),
             version=version,
             tls=_http_tls(config.http_tls),
+            access_log=_log_access if log.isEnabledFor(logging.DEBUG) else None,
         )
         self.grpc_port = await self._grpc.start()
         host, port = _split(config.http_listen, "http_listen")
@@ -147,6 +149,10 @@ def core_options(config: RouterConfig, model: str) -> CoreOptions:
         timeouts=Timeouts(config.prefill_timeout_s, config.transfer_timeout_s, config.decode_timeout_s),
         num_records=config.records,
     )
+
+
+def _log_access(record: AccessRecord) -> None:
+    log.debug("%s %s: %d", record.method, record.path, record.status, extra=dataclasses.asdict(record))
 
 
 def _http_limits(config: RouterConfig) -> HttpLimits:

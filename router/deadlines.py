@@ -12,6 +12,9 @@ import heapq
 import itertools
 from typing import Protocol
 
+MIN_SWEEP = 64
+"""Ended entries that are not worth a sweep."""
+
 
 class Timed(Protocol):
     """Something with a clock running."""
@@ -32,6 +35,7 @@ class Deadlines:
         self._heap: list[tuple[float, int, Timed]] = []
         self._order = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
+        self._num_ended = 0
 
     def watch(self, timed: Timed) -> None:
         """Call whenever `timed.deadline` was set to an earlier time than before; a later one needs no call."""
@@ -40,6 +44,15 @@ class Deadlines:
         heapq.heappush(self._heap, (timed.deadline, next(self._order), timed))
         if self._heap[0][2] is timed:
             self._arm()
+
+    def ended(self) -> None:
+        """One of those watched needs no clock any more: its `deadline` is infinity. Its entry would keep it in memory
+        until its time has come, so the heap is swept once half of it may be such."""
+        self._num_ended += 1
+        if self._num_ended > MIN_SWEEP and 2 * self._num_ended > len(self._heap):
+            self._heap = [entry for entry in self._heap if entry[2].deadline < float("inf")]
+            heapq.heapify(self._heap)
+            self._num_ended = 0
 
     def close(self) -> None:
         if self._timer is not None:

@@ -54,6 +54,7 @@ class Leg:
         self.owner = owner
         self.link = link
         self.handle = 0
+        self._num_seqs = 0
         self._num_prefill_tokens = 0
         self._num_context_tokens = 0
         self._open = False
@@ -64,12 +65,13 @@ class Leg:
         self._open = True
         self._count(request)
         own = self.link.own
-        own.num_requests += 1
+        own.num_seqs += self._num_seqs
         own.num_prefill_tokens += self._num_prefill_tokens
         own.num_context_tokens += self._num_context_tokens
 
     def _count(self, request: Request) -> None:
         prompt, params = len(request.prompt_token_ids), request.params
+        self._num_seqs = 1 if self.phase is Phase.PREFILL else params.n
         if self.phase is not Phase.DECODE:
             self._num_prefill_tokens = prompt
         if self.phase is not Phase.PREFILL:
@@ -79,6 +81,12 @@ class Leg:
         """The prompt is through: it no longer counts as prefill work."""
         self.link.own.num_prefill_tokens -= self._num_prefill_tokens
         self._num_prefill_tokens = 0
+        if self.phase is Phase.PREFILL:
+            self._leave_batch()
+
+    def _leave_batch(self) -> None:
+        self.link.own.num_seqs -= self._num_seqs
+        self._num_seqs = 0
 
     def cancel(self) -> None:
         """Have the worker free everything. Idempotent."""
@@ -95,7 +103,7 @@ class Leg:
     def _close(self) -> None:
         self._open = False
         self.computed()
-        self.link.own.num_requests -= 1
+        self._leave_batch()
         self.link.own.num_context_tokens -= self._num_context_tokens
 
     def lane(self, choice: int) -> Lane:

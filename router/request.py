@@ -226,6 +226,7 @@ class ActiveRequest:
         decode reserved, a choice under way). A request that ran to its end is only forgotten, at no message."""
         self.done = True
         self.deadline = FOREVER
+        self._around.deadlines.ended()
         for choice in self.choices:
             choice.ended = True
         over = self._running is not None and not still_runs

@@ -306,7 +306,7 @@ class Link:
         """What the report holds beyond our own work is others'. It lags by a step or two, which only ever counts some
         of our own work twice or not at all until the next report."""
         self.load = load
-        self.foreign.num_requests = max(0, load.num_running + load.num_waiting - self.own.num_requests)
+        self.foreign.num_seqs = max(0, load.num_running + load.num_waiting - self.own.num_seqs)
         self.foreign.num_prefill_tokens = max(0, load.num_prefill_tokens_waiting - self.own.num_prefill_tokens)
         held = (load.num_total_blocks - load.num_free_blocks) * self.info.block_tokens
         self.foreign.num_context_tokens = max(0, held - self.own.num_context_tokens)

@@ -16,9 +16,10 @@ from pdserve.types import Role, WorkerInfo
 
 @dataclass(slots=True)
 class Outstanding:
-    """Work on a worker that has not ended: requests, prompt tokens to compute, and tokens of context held."""
+    """Work on a worker that has not ended: sequences in or before its batch, prompt tokens to compute, and tokens of
+    context held."""
 
-    num_requests: int = 0
+    num_seqs: int = 0
     num_prefill_tokens: int = 0
     num_context_tokens: int = 0
 

@@ -20,7 +20,7 @@ from router.scheduling.filters import (
     compatible,
 )
 from router.scheduling.pickers import MaxScore
-from router.scheduling.scorers import LeastRequests, LeastTokens, context_tokens, prefill_tokens
+from router.scheduling.scorers import LeastSeqs, LeastTokens, context_tokens, prefill_tokens
 
 WorkerT = TypeVar("WorkerT", bound=Candidate)
 
@@ -65,12 +65,12 @@ def least_loaded(seed: int, block_tokens: int) -> dict[Role, Profile]:
     """The default policy. Tokens weigh more than seats: a step's time follows tokens, seats only bound it."""
     filters = (HasRole(), ServesModel(), NotDraining(), HasBlockSize(block_tokens), FitsPool(), MatchesPartner())
     picker = MaxScore(random.Random(seed))
-    requests = Weighted("least_requests", LeastRequests(), 1.0)
+    seqs = Weighted("least_seqs", LeastSeqs(), 1.0)
     prefill = Weighted("least_prefill_tokens", LeastTokens(prefill_tokens), 2.0)
     decode = Weighted("least_context_tokens", LeastTokens(context_tokens), 1.0)
     return {
-        Role.PREFILL: Profile(filters, (prefill, requests), picker),
-        Role.DECODE: Profile(filters, (decode, requests), picker),
+        Role.PREFILL: Profile(filters, (prefill, seqs), picker),
+        Role.DECODE: Profile(filters, (decode, seqs), picker),
     }
 
 

@@ -24,13 +24,11 @@ class LeastTokens:
         return inverse_of([float(self._tokens(worker)) for worker in workers])
 
 
-class LeastRequests:
-    """Fewest requests for the seats that the worker has."""
+class LeastSeqs:
+    """Fewest sequences for the seats that the worker has."""
 
     def score(self, workers: Sequence[Candidate], need: Need) -> Sequence[float]:
-        return inverse_of(
-            [(w.own.num_requests + w.foreign.num_requests) / max(1, w.info.max_num_seqs) for w in workers]
-        )
+        return inverse_of([(w.own.num_seqs + w.foreign.num_seqs) / max(1, w.info.max_num_seqs) for w in workers])
 
 
 def prefill_tokens(worker: Candidate) -> int:

@@ -51,5 +51,5 @@ async def test_a_storm_of_requests_cancels_and_stop_strings_leaves_nothing(house
     await house.wait_idle()
     assert core.admission.num_inflight == 0
     for link in house.fleets[0].links:
-        assert link.num_requests == link.own.num_requests == link.own.num_context_tokens == 0
+        assert link.num_requests == link.own.num_seqs == link.own.num_context_tokens == 0
         assert not link._lanes

@@ -64,7 +64,7 @@ async def test_many_requests_at_once_get_their_own_tokens(house, sink, incoming)
     used = {core.catalog.find(handle.request_id).decode_worker for handle in handles}
     assert used == {"d0", "d1", None}
     await house.wait_idle()
-    assert all(link.own.num_requests == link.own.num_context_tokens == 0 for link in house.fleets[0].links)
+    assert all(link.own.num_seqs == link.own.num_context_tokens == 0 for link in house.fleets[0].links)
 
 
 async def test_one_token_is_prefills_alone(house, sink, incoming):

@@ -230,7 +230,7 @@ def test_whatever_happens_a_request_ends_once_and_leaves_nothing(n, alone, stop,
         assert worker.link.num_requests == 0
         assert not worker.link._lanes
         own = worker.link.own
-        assert (own.num_requests, own.num_prefill_tokens, own.num_context_tokens) == (0, 0, 0)
+        assert (own.num_seqs, own.num_prefill_tokens, own.num_context_tokens) == (0, 0, 0)
     for choice, count in house.client.tokens.items():
         assert count == house.active.choices[choice].num_tokens
 
@@ -257,6 +257,24 @@ def test_a_clock_that_was_put_off_does_not_fire_at_its_old_time():
     clock.advance(15)
     assert first.fired == (121.0,)
     assert not clock.timers
+
+
+def test_what_has_ended_does_not_stay_in_memory_until_its_deadline():
+    class Timed:
+        deadline = 1e6
+
+        def on_deadline(self, now): ...
+
+    deadlines = Deadlines(Clock())
+    stays = Timed()
+    deadlines.watch(stays)
+    for _ in range(10_000):
+        timed = Timed()
+        deadlines.watch(timed)
+        timed.deadline = float("inf")
+        deadlines.ended()
+    assert len(deadlines._heap) < 300
+    assert any(entry[2] is stays for entry in deadlines._heap)
 
 
 def test_stop_text_here_is_what_the_matcher_finds():

@@ -11,7 +11,7 @@ from pdserve.types import ModelInfo, Role, WorkerInfo
 from router.scheduling.base import Need, Outstanding
 from router.scheduling.pickers import MaxScore
 from router.scheduling.scheduler import Scheduler, least_loaded
-from router.scheduling.scorers import LeastRequests, inverse_of
+from router.scheduling.scorers import LeastSeqs, inverse_of
 
 MODEL = ModelInfo("m", "r", "t", 4096, 1000, (0,))
 NEED = Need(Role.DECODE, "m", 100, 50)
@@ -104,5 +104,5 @@ def test_scores_lie_between_0_and_1():
     fakes = [worker("a", Role.DECODE), worker("b", Role.DECODE, max_num_seqs=1)]
     fakes[0].own = Outstanding(3, 0, 0)
     fakes[1].own = Outstanding(1, 0, 0)
-    assert LeastRequests().score(fakes, NEED) == [pytest.approx(1 - 3 / 64), 0.0]
+    assert LeastSeqs().score(fakes, NEED) == [pytest.approx(1 - 3 / 64), 0.0]
     assert inverse_of([0, 0]) == [1.0, 1.0]

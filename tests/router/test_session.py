@@ -201,12 +201,12 @@ async def test_a_worker_of_a_newer_protocol_only_is_not_used(wait_until):
 async def test_reports_count_only_what_others_have_put_there():
     link = Link(INFO, None, RouterHello("r", 1))
     link.submit(request(n=2), Phase.DECODE, Leg())
-    link.own.num_requests, link.own.num_context_tokens = 1, 100
+    link.own.num_seqs, link.own.num_context_tokens = 1, 100
     link._on_load(EngineLoad(num_running=3, num_waiting=1, num_free_blocks=900, num_total_blocks=1000))
-    assert link.foreign.num_requests == 3
+    assert link.foreign.num_seqs == 3
     assert link.foreign.num_context_tokens == 100 * 16 - 100
     link._on_load(EngineLoad(num_free_blocks=1000, num_total_blocks=1000))
-    assert (link.foreign.num_requests, link.foreign.num_context_tokens) == (0, 0)
+    assert (link.foreign.num_seqs, link.foreign.num_context_tokens) == (0, 0)
 
 
 def test_a_tick_with_long_prompts_becomes_several_messages():
