@@ -30,6 +30,7 @@ from router.observer import count_workers
 from router.oip_face import OpenInferenceFace
 from router.request import Timeouts
 from router.scheduling.scheduler import Scheduler, least_loaded
+from router.session import Link
 
 STOP_GRACE_S = 1.0
 """For the last messages of ended calls to leave."""
@@ -67,7 +68,7 @@ class Router:
             on_change=self._on_change,
             on_lost=lambda link: self._metrics.worker_lost.labels(link.info.role.value).inc(),
         )
-        scheduler = Scheduler(least_loaded(hello.incarnation, config.block_tokens))
+        scheduler: Scheduler[Link] = Scheduler(least_loaded(hello.incarnation, config.block_tokens))
         options = core_options(config, config.model_name or resolved.name)
         self.core = RouterCore(options, tokenizer, self._fleet, scheduler, self._metrics)
         await self._listen()
@@ -127,6 +128,7 @@ class Router:
         if hasattr(self, "core"):
             self.core.close(Draining("this router has stopped; send the request to another one"))
         if hasattr(self, "_http"):
+            await self._http.drain(0.0)  # so that what was just failed is still written
             await self._http.close()
         if hasattr(self, "_grpc"):
             await self._grpc.stop(STOP_GRACE_S)

@@ -62,7 +62,12 @@ class RouterCore:
     """Made on the loop that it runs on."""
 
     def __init__(
-        self, options: CoreOptions, tokenizer: Tokenizer, fleet: Fleet, scheduler: Scheduler, metrics: RouterMetrics
+        self,
+        options: CoreOptions,
+        tokenizer: Tokenizer,
+        fleet: Fleet,
+        scheduler: Scheduler[Link],
+        metrics: RouterMetrics,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.catalog = Catalog(options.num_records)
@@ -179,7 +184,7 @@ class RouterCore:
         role = Role.PREFILL if alone and self._options.disaggregate else Role.DECODE
         need = Need(role, request.model, len(request.prompt_token_ids), max_tokens)
         place = self._scheduler.place_one if alone else self._scheduler.place_pair
-        return place(self._fleet.links, need)
+        return place(self._fleet.links, self._fleet.version, need)
 
     def _active_request(
         self, incoming: Incoming, request: Request, sink: Sink, placed: Placed[Link], arrived: float

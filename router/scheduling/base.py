@@ -85,8 +85,10 @@ class Weighted:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A policy, as data."""
+    """A policy, as data. `standing` filters look at the worker, role and model only, so their verdict holds until some
+    worker changes; `filters` look at the request too and are asked each time."""
 
+    standing: tuple[Filter, ...]
     filters: tuple[Filter, ...]
     scorers: tuple[Weighted, ...]
     picker: Picker

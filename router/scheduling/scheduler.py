@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from pdserve.errors import NoWorker
 from pdserve.types import Role
-from router.scheduling.base import Candidate, Need, Profile, Weighted
+from router.scheduling.base import Candidate, Filter, Need, Profile, Weighted
 from router.scheduling.filters import (
     FitsPool,
     HasBlockSize,
@@ -63,42 +63,61 @@ class Placed(Generic[WorkerT]):
 
 def least_loaded(seed: int, block_tokens: int) -> dict[Role, Profile]:
     """The default policy. Tokens weigh more than seats: a step's time follows tokens, seats only bound it."""
-    filters = (HasRole(), ServesModel(), NotDraining(), HasBlockSize(block_tokens), FitsPool(), MatchesPartner())
+    standing = (HasRole(), ServesModel(), NotDraining(), HasBlockSize(block_tokens))
+    filters = (FitsPool(), MatchesPartner())
     picker = MaxScore(random.Random(seed))
     seqs = Weighted("least_seqs", LeastSeqs(), 1.0)
     prefill = Weighted("least_prefill_tokens", LeastTokens(prefill_tokens), 2.0)
     decode = Weighted("least_context_tokens", LeastTokens(context_tokens), 1.0)
     return {
-        Role.PREFILL: Profile(filters, (prefill, seqs), picker),
-        Role.DECODE: Profile(filters, (decode, seqs), picker),
+        Role.PREFILL: Profile(standing, filters, (prefill, seqs), picker),
+        Role.DECODE: Profile(standing, filters, (decode, seqs), picker),
     }
 
 
-class Scheduler:
-    """Places requests on workers by one profile a role."""
+class Scheduler(Generic[WorkerT]):
+    """Places requests on workers by one profile a role. `version` grows whenever a worker comes, goes or changes."""
 
     def __init__(self, profiles: dict[Role, Profile]) -> None:
         self._profiles = profiles
+        self._version = -1
+        self._pools: dict[tuple[Role, str], list[WorkerT]] = {}
+        self._partnered: dict[str, list[WorkerT]] = {}
 
-    def place_one(self, workers: Sequence[WorkerT], need: Need) -> Placed[WorkerT]:
+    def place_one(self, workers: Sequence[WorkerT], version: int, need: Need) -> Placed[WorkerT]:
         """The whole request on one worker of the needed role. Raises `NoWorker`."""
-        worker, pick = self._choose(workers, need)
+        worker, pick = self._choose(self._pool(workers, version, need.role, need.model), workers, need)
         return Placed(worker, None, (pick,)) if need.role is Role.PREFILL else Placed(None, worker, (pick,))
 
-    def place_pair(self, workers: Sequence[WorkerT], need: Need) -> Placed[WorkerT]:
+    def place_pair(self, workers: Sequence[WorkerT], version: int, need: Need) -> Placed[WorkerT]:
         """Decode first, for that leg lasts longest; then the prefill worker that suits it. Raises `NoWorker` naming
         the role that is missing."""
-        prefills = [w for w in workers if w.info.role is Role.PREFILL]
-        decodes = [w for w in workers if w.info.role is Role.DECODE and w.info.model.name == need.model]
-        partnered = [w for w in decodes if _has_partner(w, prefills)]
+        prefills = self._pool(workers, version, Role.PREFILL, need.model)
+        decodes = self._pool(workers, version, Role.DECODE, need.model)
+        if need.model not in self._partnered:
+            self._partnered[need.model] = [each for each in decodes if _has_partner(each, prefills)]
         sizes = need.model, need.num_prompt_tokens, need.max_tokens
-        decode, decode_pick = self._choose(partnered or workers, Need(Role.DECODE, *sizes))
-        prefill, prefill_pick = self._choose(workers, Need(Role.PREFILL, *sizes, decode.info))
+        decode_need = Need(Role.DECODE, *sizes)
+        decode, decode_pick = self._choose(self._partnered[need.model] or decodes, workers, decode_need)
+        prefill_need = Need(Role.PREFILL, *sizes, decode.info)
+        prefill, prefill_pick = self._choose(prefills, workers, prefill_need)
         return Placed(prefill, decode, (prefill_pick, decode_pick))
 
-    def _choose(self, workers: Sequence[WorkerT], need: Need) -> tuple[WorkerT, Pick]:
+    def _pool(self, workers: Sequence[WorkerT], version: int, role: Role, model: str) -> list[WorkerT]:
+        """Those that pass the standing filters."""
+        if version != self._version:
+            self._version = version
+            self._pools.clear()
+            self._partnered.clear()
+        pool = self._pools.get((role, model))
+        if pool is None:
+            filters, need = self._profiles[role].standing, Need(role, model, 0, 0)
+            pool = self._pools[role, model] = [each for each in workers if _refusal(filters, each, need) is None]
+        return pool
+
+    def _choose(self, pool: Sequence[WorkerT], workers: Sequence[WorkerT], need: Need) -> tuple[WorkerT, Pick]:
         profile = self._profiles[need.role]
-        passed = [worker for worker in workers if _refusal(profile, worker, need) is None]
+        passed = [worker for worker in pool if _refusal(profile.filters, worker, need) is None]
         if not passed:
             raise _no_worker(profile, workers, need)
         totals, parts = _scores(profile, passed, need)
@@ -108,8 +127,8 @@ class Scheduler:
         return chosen, Pick(need.role.value, chosen.info.worker_id, len(passed), len(workers), scores)
 
 
-def _refusal(profile: Profile, worker: Candidate, need: Need) -> str | None:
-    for each in profile.filters:
+def _refusal(filters: Sequence[Filter], worker: Candidate, need: Need) -> str | None:
+    for each in filters:
         reason = each.refuse(worker, need)
         if reason is not None:
             return reason
@@ -128,7 +147,8 @@ def _scores(
 
 
 def _no_worker(profile: Profile, workers: Sequence[Candidate], need: Need) -> NoWorker:
-    refused = [f"{worker.info.worker_id}: {_refusal(profile, worker, need)}" for worker in workers]
+    filters = profile.standing + profile.filters
+    refused = [f"{worker.info.worker_id}: {_refusal(filters, worker, need)}" for worker in workers]
     named = ", ".join(refused[:MAX_NAMED_REFUSALS]) or "none is connected"
     more = f" and {len(refused) - MAX_NAMED_REFUSALS} more" if len(refused) > MAX_NAMED_REFUSALS else ""
     role = need.role.value
@@ -136,4 +156,4 @@ def _no_worker(profile: Profile, workers: Sequence[Candidate], need: Need) -> No
 
 
 def _has_partner(worker: Candidate, others: Sequence[Candidate]) -> bool:
-    return any(not other.draining and compatible(worker.info, other.info) for other in others)
+    return any(compatible(worker.info, other.info) for other in others)
