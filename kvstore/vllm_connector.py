@@ -29,6 +29,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from kvstore.transports.shm import SharedMemoryPool
 from pdserve.engine.vllm.board import Ending, TransferBoard
 from pdserve.engine.vllm.pages import PagedKV, paged_kv
+from pdserve.engine.vllm.parent import end_with_parent
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -287,6 +288,7 @@ class PdserveConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vllm has no
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
         self._block_tokens: int = extra["block_shape"][3]
         if role == KVConnectorRole.SCHEDULER:
+            end_with_parent(extra["owner_pid"])
             self._scheduler = SchedulerSide(self._block_tokens)
         else:
             from vllm.distributed.parallel_state import get_tensor_model_parallel_rank

@@ -1,16 +1,20 @@
-"""The connector's scheduler side against schedules that vLLM might make."""
+"""The connector's scheduler side against schedules that vLLM might make, and pages as vLLM's own kernels write them."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("vllm", reason="needs the environment of `make test-vllm`")
 
+from vllm import _custom_ops as custom_ops
+
 from kvstore.vllm_connector import SchedulerSide, TransferPlan
+from pdserve.engine.vllm.pages import paged_kv
 
 pytestmark = pytest.mark.vllm
 
@@ -118,3 +122,42 @@ def test_a_load_that_is_not_needed_or_never_starts_is_dropped() -> None:
     side.finished(waiting)
     side.finished(plain)
     assert side.plan(idle()).dropped == [1, 2]
+
+
+LAYERS, HEADS, DIM, PAGE = 2, 3, 64, 64
+
+
+class VllmKernel:
+    """vLLM's CPU cache kernel, as its attention layers call it."""
+
+    def __init__(self, isa: str) -> None:
+        self.isa = isa
+
+    def do_kv_cache_update(self, layer: object, key: object, value: object, cache: object, slots: object) -> None:
+        pages, heads, tokens, _ = cache.size()
+        keys, values = cache.view(pages, heads, tokens * 2, -1).chunk(2, dim=2)
+        custom_ops.cpu_attn_reshape_and_cache(key, value, keys, values, slots, self.isa)
+
+
+def instruction_sets() -> list[tuple[torch.dtype, str]]:
+    found = [(torch.float32, "vec"), (torch.float32, "vec16"), (torch.bfloat16, "vec"), (torch.bfloat16, "vec16")]
+    return [*found, (torch.bfloat16, "amx")] if torch.cpu._is_amx_tile_supported() else found
+
+
+@pytest.mark.parametrize(("dtype", "isa"), instruction_sets())
+def test_pages_of_vllms_kernels_are_read_and_written_to_the_bit(dtype: torch.dtype, isa: str) -> None:
+    torch.manual_seed(3)
+    kernel, num_tokens, vllm_blocks = VllmKernel(isa), 150, [4, 1, 6]
+    content = torch.randn(LAYERS, 2, num_tokens, HEADS, DIM).to(dtype)
+    caches = {f"layer{n}": torch.zeros(8, HEADS, PAGE, 2 * DIM, dtype=dtype) for n in range(LAYERS)}
+    slots = torch.tensor([vllm_blocks[t // PAGE] * PAGE + t % PAGE for t in range(num_tokens)])
+    for number, cache in enumerate(caches.values()):
+        kernel.do_kv_cache_update(None, content[number, 0], content[number, 1], cache, slots)
+    pages = paged_kv(caches, {name: SimpleNamespace(impl=kernel) for name in caches}, BLOCK, PAGE)
+    blocks = pages.read(vllm_blocks, 0, num_tokens)
+    tokens = blocks.permute(1, 2, 0, 4, 3, 5).reshape(LAYERS, 2, -1, HEADS, DIM)
+    assert torch.equal(tokens[:, :, :num_tokens], content)
+    before = [cache.clone() for cache in caches.values()]
+    pages.write([2, 3, 5], 0, num_tokens, blocks)
+    for cache, old in zip(caches.values(), before, strict=True):
+        assert torch.equal(cache[[2, 3, 5]], old[vllm_blocks])

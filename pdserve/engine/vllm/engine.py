@@ -27,7 +27,8 @@ from pdserve.engine.vllm.outputs import end_of, failed, finish_of, read_tokens
 from pdserve.engine.vllm.requests import Choice, Live
 from pdserve.engine.vllm.settings import VllmSettings, settings_from_config
 from pdserve.engine.vllm.staging import StagingPool
-from pdserve.errors import ConfigError, EngineFailed, HandoverError, InvalidRequest, NotSupported
+from pdserve.engine.vllm.start import import_vllm, make_memory
+from pdserve.errors import EngineFailed, HandoverError, InvalidRequest, NotSupported
 from pdserve.types import EngineLoad, Finish, KVLayout, ModelInfo, Phase, PromptStats, Request
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ POLL_S = 0.002
 beside the tens of ms of a prefill chunk."""
 NUM_SLOTS = 4096
 """Transfers at once, 16 bytes a rank each: far above any batch, and more than MAX_CHOICES."""
-INSTALL_HINT = "pip install vllm (on CPU: bash deploy/test-vllm.sh shows how)"
 
 
 class VllmEngine:
@@ -48,11 +48,11 @@ class VllmEngine:
     def __init__(self, settings: VllmSettings, memory_factory: KVMemoryFactory) -> None:
         """Starts vLLM (20 s and more). The factory must make memory with a `name` by which other processes of this
         host attach it (`kvstore.transports.shm.SharedMemoryPool`). Raises `ConfigError`, `EngineFailed`."""
-        plan_model, finish_config, driver_class = _import_vllm()
+        plan_model, finish_config, driver_class = import_vllm()
         plan = plan_model(settings)
         self._settings = settings
         self._layout: KVLayout = plan.layout
-        self._memory = _make_memory(memory_factory, settings, plan.layout, plan.model.max_model_len)
+        self._memory = make_memory(memory_factory, settings, plan.layout, plan.model.max_model_len)
         self._board = TransferBoard.create(plan.tp_size, NUM_SLOTS)
         self._staging = StagingPool(self._memory, self._board)
         config = finish_config(plan, settings, self._connector_config(plan.block_shape))
@@ -90,12 +90,13 @@ class VllmEngine:
 
     def _connector_config(self, block_shape: tuple[int, ...]) -> dict[str, Any]:
         return {
-            "staging": getattr(self._memory, "name"),  # noqa: B009 - no part of KVMemory; `_make_memory` checked it
+            "staging": getattr(self._memory, "name"),  # noqa: B009 - no part of KVMemory; `make_memory` checked it
             "board": self._board.path,
             "num_ranks": self._board.num_ranks,
             "num_slots": self._board.num_slots,
             "block_shape": list(block_shape),
             "dtype": self._layout.dtype,
+            "owner_pid": os.getpid(),
         }
 
     # Requests
@@ -378,34 +379,6 @@ class VllmEngine:
     def close(self) -> None:
         self._driver.close()
         self._board.close()
-
-
-def _import_vllm() -> tuple[Any, Any, Any]:
-    """Only an engine that is made needs vLLM. Raises `ConfigError`."""
-    # A worker's stdout is for its ready line; nobody reads on, and vLLM's processes would stall on a full pipe.
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    try:
-        from pdserve.engine.vllm.driver import VllmDriver
-        from pdserve.engine.vllm.model import finish_config, plan_model
-    except ImportError as error:
-        raise ConfigError(f"engine vllm cannot be used here ({error}): {INSTALL_HINT}", key="engine") from error
-    return plan_model, finish_config, VllmDriver
-
-
-def _make_memory(factory: KVMemoryFactory, settings: VllmSettings, layout: KVLayout, max_model_len: int) -> KVMemory:
-    """Staging that holds at least one request of full length: one that could never be admitted would wait for ever."""
-    num_blocks = settings.staging_blocks or settings.staging_bytes // layout.block_bytes
-    needed = -(-max_model_len // layout.block_tokens)
-    if num_blocks < needed:
-        raise ConfigError(
-            f"{num_blocks} blocks cannot hold one request of {max_model_len} tokens: give {needed} blocks of "
-            f"{layout.block_bytes} bytes (num_blocks or kv_memory_bytes), or lower max_model_len",
-            key="num_blocks" if settings.staging_blocks else "kv_memory_bytes",
-        )
-    memory = factory(num_blocks, layout.block_bytes)
-    if not hasattr(memory, "name"):
-        raise ConfigError("vllm needs hand-over memory that its processes can map: transport shm", key="transports")
-    return memory
 
 
 def _check_supported(request: Request) -> None:
