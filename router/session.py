@@ -4,7 +4,8 @@ Everything a loop tick wants to tell the worker leaves as one message; everythin
 as one. A `Link` lives from a worker's Hello to the end of its stream, so nothing learnt of one incarnation can
 outlive it: `router.fleet` makes a new link at each reconnect.
 
-Hot path: `_on_step` runs once an engine step and costs one dictionary look-up and one call a delta.
+Hot path: `_on_step` runs once an engine step and costs one dictionary look-up and one call a delta; together with
+`router.choice` and the table of token texts 0.4 us a token (400 streams, no stop strings, sink not counted).
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ class Link:
     ) -> None:
         self.info = info
         self.draining = False
-        self.lost: WorkerLost | None = None
+        self._lost: str | None = None
+        """Why the stream ended, once it has."""
         self.own = Outstanding()
         self.foreign = Outstanding()
         self.load = EngineLoad()
@@ -125,8 +127,8 @@ class Link:
 
     def submit(self, request: Request, phase: Phase, events: LegEvents) -> int:
         """Queue a submission; returns its handle. Raises `WorkerLost` when the stream has ended."""
-        if self.lost is not None:
-            raise self.lost
+        if self._lost is not None:
+            raise WorkerLost(f"worker {self.info.worker_id} is gone: {self._lost}")
         handle = self._handles.take(request.params.n, self._lanes)
         self._legs[handle] = _Leg(events, request.params.n)
         for choice in range(request.params.n):
@@ -148,8 +150,8 @@ class Link:
         self._wake.set()
 
     def cancel_choice(self, handle: int) -> None:
-        """One choice ended here (a stop string); the worker must not go on with it."""
-        self._lanes.pop(handle, None)
+        """One choice ended here (a stop string); the worker must not go on with it. Its handle stays taken until the
+        request ends."""
         self._pending.choice_cancels.append(handle)
         self._wake.set()
 
@@ -200,19 +202,26 @@ class Link:
         """Serve the stream until it ends, then fail what is left on it. Raises the error that ended it."""
         writer = asyncio.create_task(self._write())
         writer.add_done_callback(self._on_written)
+        reason = "this router has stopped"
         try:
             while (update := await self._stream.read()) is not None:
                 self._on_update(update)
-            raise WorkerLost(f"worker {self.info.worker_id} closed its stream")
+            reason = "it closed its stream"
+            raise WorkerLost(reason)
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            raise self._write_error or WorkerLost("the stream was cancelled") from error
+            failure = self._write_error or WorkerLost("the stream was cancelled")
+            reason = failure.message
+            raise failure from error
+        except PdserveError as error:
+            reason = error.message
+            raise
         finally:
             writer.cancel()
             self._stream.cancel()
-            self._fail_all()
+            self._fail_all(reason)
 
     async def _write(self) -> None:
         while True:
@@ -311,12 +320,12 @@ class Link:
         held = (load.num_total_blocks - load.num_free_blocks) * self.info.block_tokens
         self.foreign.num_context_tokens = max(0, held - self.own.num_context_tokens)
 
-    def _fail_all(self) -> None:
-        self.lost = WorkerLost(f"worker {self.info.worker_id} is gone")
+    def _fail_all(self, reason: str) -> None:
+        self._lost = reason
         legs, self._legs = self._legs, {}
         self._lanes.clear()
         for leg in legs.values():
-            leg.events.on_lost(WorkerLost(f"worker {self.info.worker_id} was lost with the request on it"))
+            leg.events.on_lost(WorkerLost(f"worker {self.info.worker_id} was lost with the request on it: {reason}"))
 
 
 def _pick(logprobs: dict[tuple[int, int], Logprobs], handle: int, first_index: int, count: int) -> Sequence[Logprobs]:

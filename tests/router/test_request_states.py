@@ -130,7 +130,7 @@ class FakeWorker:
 
     def lose(self):
         self.lost, self.holds, self.open = True, False, set()
-        self.link._fail_all()
+        self.link._fail_all("gone")
 
 
 class House:
