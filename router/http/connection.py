@@ -60,6 +60,7 @@ class Connection(asyncio.Protocol):
         self._read_deadline = math.inf
         self._write_deadline = math.inf
         self._in_request = False
+        self._fresh = True
         self._continue_due = False
         self._begun_in_feed = False
         self._reset_request()
@@ -138,6 +139,7 @@ class Connection(asyncio.Protocol):
 
     def _begin_request(self) -> None:
         self._in_request = True
+        self._fresh = False
         self._read_deadline = self._loop.time() + self._limits.header_timeout_s
 
     def _count_overhead(self, num_bytes: int) -> None:
@@ -333,8 +335,13 @@ class Connection(asyncio.Protocol):
             self._close()
 
     def drain(self) -> None:
-        """Close if nothing is under way here."""
-        if self._active is None and not self._queue and not self._in_request and not self._closing:
+        """Close if nothing is under way here. Who has only just connected gets a moment more: the first request may
+        be on its way, and its 503 says more than a reset."""
+        if self._active is not None or self._queue or self._in_request or self._closing:
+            return
+        if self._fresh:
+            self._read_deadline = min(self._read_deadline, self._loop.time() + self._limits.linger_s)
+        else:
             self._close()
 
     def kill(self, error: PdserveError) -> None:
