@@ -41,10 +41,14 @@ def of_role(cluster: Cluster, role: str) -> Member:
 
 
 async def refusal(http: httpx.AsyncClient) -> str:
-    """The code of the 503 that a new request gets, once it gets one."""
+    """The code of the 503 that a new request gets, once it gets one. A request that crosses the close of an idle
+    kept-alive connection is lost, as ever in HTTP/1.1."""
 
     async def refused() -> str:
-        response = await http.post(TEXT, json=ask(max_tokens=2))
+        try:
+            response = await http.post(TEXT, json=ask(max_tokens=2))
+        except httpx.TransportError:
+            return ""
         return str(response.json()["error"]["code"]) if response.status_code == 503 else ""
 
     return str(await eventually(refused))
@@ -62,7 +66,7 @@ async def test_a_decode_worker_finishes_its_streams(start_sim: Any, http_to: Any
         await stream.has(3)
     assert own_segments(cluster)
     decode.process.terminate()
-    assert await refusal(http) == "no_worker"
+    assert await refusal(http) in ("draining", "no_worker")  # a submission may cross the worker's notice
     assert (await cluster.get("/readyz"))[0] == 503
     for number, stream in enumerate(streams):
         events = await stream.result()

@@ -186,11 +186,13 @@ async def _grpc_stream(cluster: Cluster) -> asyncio.Task[None]:
     for _ in range(3):
         assert await call.read() is not grpc.aio.EOF
 
+    async def rest() -> None:
+        while await call.read() is not grpc.aio.EOF:
+            pass
+
     async def expect() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            async with asyncio.timeout(WAIT_S):
-                while await call.read() is not grpc.aio.EOF:
-                    pass
+            await asyncio.wait_for(rest(), WAIT_S)
         await channel.close()
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         (raw,) = [value for key, value in caught.value.trailing_metadata() if key == "grpc-status-details-bin"]

@@ -73,13 +73,13 @@ async def test_records_name_the_workers_and_hold_no_text(sim_cluster: Cluster, h
 @pytest.mark.torch_model
 async def test_two_pools_give_the_tokens_of_one_engine(torch_cluster: Cluster, http_to: Any) -> None:
     """Greedy and seeded, all at once, in chunks, twice over (so the second round finds cached prefixes)."""
-    cases = make_cases(5, seed=1, model="embedded", max_prompt=200)
+    cases = make_cases(4, seed=1, model="embedded", max_prompt=140)
     arguments = argparse.Namespace(engine="torch", model="embedded", dtype="bf16")
-    alone = await asyncio.to_thread(generate_alone, arguments, cases, 8, SEEDED)
+    alone = await asyncio.to_thread(generate_alone, arguments, cases, 6, SEEDED)
     http = http_to(torch_cluster)
 
     async def ask(prompt: tuple[int, ...], **fields: Any) -> tuple[int, ...]:
-        body = completion(list(prompt), max_tokens=8, ignore_eos=True, return_token_ids=True, deterministic=True)
+        body = completion(list(prompt), max_tokens=6, ignore_eos=True, return_token_ids=True, deterministic=True)
         response = await http.post(TEXT, json={**body, **fields})
         assert response.status_code == 200, response.text
         return tuple(response.json()["choices"][0]["token_ids"])
