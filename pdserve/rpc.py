@@ -371,10 +371,10 @@ class Channel:
         """A bidirectional call."""
         return ClientStream(self._current().stream_stream(method.path)(), method)
 
-    async def close(self) -> None:
-        """Cancels every call under way."""
+    async def close(self, grace_s: float | None = None) -> None:
+        """Cancels every call under way; with a grace, those that outlast it."""
         for channel in (*self._retired, self._channel):
-            await channel.close()
+            await channel.close(grace_s)
 
 
 def guard(error: BaseException) -> PdserveError:

@@ -14,6 +14,9 @@ from pdserve.types import KVTicket
 from pdserve.wire.handover import Bound
 from worker_core.memory_port import MemoryPort
 
+CLOSE_GRACE_S = 10.0
+"""For calls under way to an exporter that has restarted; each has a shorter bound of its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -40,13 +43,22 @@ class Peers:
         self._port = port
         self._policies = policies
         self._tls = tls
-        self._channels: dict[str, Channel] = {}
+        self._channels: dict[str, tuple[int, Channel]] = {}
+        """By address, with the newest incarnation met there."""
+        self._closing: set[asyncio.Future[None]] = set()
         self._sources: dict[_SourceKey, asyncio.Future[Source]] = {}
 
-    def channel(self, address: str) -> Channel:
-        channel = self._channels.get(address)
-        if channel is None:
-            channel = self._channels[address] = Channel(address, tls=self._tls)
+    def channel(self, ticket: KVTicket) -> Channel:
+        """To the ticket's exporter. One that restarted gets a new channel: the old one may wait out a back-off yet."""
+        known = self._channels.get(ticket.address)
+        if known is not None and known[0] >= ticket.incarnation:
+            return known[1]
+        if known is not None:
+            closing = asyncio.ensure_future(known[1].close(CLOSE_GRACE_S))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+        channel = Channel(ticket.address, tls=self._tls)
+        self._channels[ticket.address] = ticket.incarnation, channel
         return channel
 
     async def connect(self, ticket: KVTicket, bound: Bound) -> Source:
@@ -88,8 +100,11 @@ class Peers:
         for connecting in self._sources.values():
             _close(connecting)
         self._sources.clear()
-        for channel in self._channels.values():
+        for _, channel in self._channels.values():
             await channel.close()
+        for closing in self._closing:
+            closing.cancel()
+        await asyncio.gather(*self._closing, return_exceptions=True)
 
 
 def _close(connecting: asyncio.Future[Source]) -> None:

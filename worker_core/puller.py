@@ -202,7 +202,7 @@ class Puller:
             transports=self._offered,
         )
         try:
-            channel = self._peers.channel(ticket.address)
+            channel = self._peers.channel(ticket)
             bound = await channel.call(wire.BIND, request, timeout_s=self._control_timeout_s)
             source = await self._peers.connect(ticket, bound)
         except PdserveError as error:
@@ -264,7 +264,7 @@ class Puller:
 
     async def _renew(self, action: Renew) -> None:
         ticket = action.ticket
-        channel = self._peers.channel(ticket.address)
+        channel = self._peers.channel(ticket)
         try:
             await channel.call(wire.RENEW, wire.Renew(ticket.nonce), timeout_s=self._control_timeout_s)
         except TicketRefused as error:
@@ -279,7 +279,7 @@ class Puller:
         """Best effort: the ticket's lease is the backstop."""
         request = wire.Release(ticket.nonce, chunk_indexes or (), all=chunk_indexes is None)
         try:
-            channel = self._peers.channel(ticket.address)
+            channel = self._peers.channel(ticket)
             await channel.call(wire.RELEASE, request, timeout_s=self._control_timeout_s)
         except PdserveError as error:
             log.info("release failed", extra={"request_id": ticket.request_id, "reason": error.reason})
