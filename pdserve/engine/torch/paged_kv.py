@@ -39,6 +39,11 @@ class KVShape:
         return int(values * self.dtype.itemsize)
 
     @property
+    def k_block_bytes(self) -> int:
+        """K of one block in one layer."""
+        return int(self.num_kv_heads * self.block_tokens * self.head_dim * self.dtype.itemsize)
+
+    @property
     def slabs_per_layer(self) -> int:
         return 2 * self.num_kv_heads
 
