@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,7 +14,7 @@ import httpx
 from kvstore.transports.segment import PREFIX, SHM_DIR
 from pdserve.engine.sim import DEFAULT_MODEL, SimEngineConfig, expected_tokens
 from pdserve.types import Request, SamplingParams
-from pdserve_cli.cluster import Cluster, Member
+from pdserve_cli.cluster import Cluster
 
 MODEL = "smollm2-135m"
 CHAT = "/v1/chat/completions"
@@ -146,12 +145,3 @@ def sim_tokens(prompt: list[int], **params: Any) -> list[int]:
 
 def completion(prompt: Any, **fields: Any) -> dict[str, Any]:
     return {"model": MODEL, "prompt": prompt, "temperature": 0, **fields}
-
-
-async def stderr_of(member: Member) -> str:
-    return await asyncio.to_thread(Path(member.log).read_text)
-
-
-async def lines_of(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    async for raw in stream:
-        yield raw.decode().rstrip("\n")
