@@ -35,8 +35,8 @@ if [ ! -e "$venv/.ready" ] || [ pyproject.toml -nt "$venv/.ready" ] || [ deploy/
     touch "$venv/.ready"
 fi
 
-# One thread an engine, unbound: several instances share the cores, and vLLM would bind each to the same ones.
-export OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1
+# One thread an engine: several share the cores, and threads that wait for each other would stall on a busy one.
+export OMP_NUM_THREADS=1
 # No compiler: what vLLM would compile beside the model takes longer than all that these tests sample.
 export TORCHDYNAMO_DISABLE=1
 export VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-WARNING}" VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1

@@ -23,6 +23,7 @@ WORKER = {
     "max_num_seqs": 16,
     "kv_memory_bytes": 192 << 20,
     "vllm.enforce_eager": True,
+    "vllm.kv_cache_memory_bytes": 1 << 30,
 }
 
 

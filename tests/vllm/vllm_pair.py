@@ -28,6 +28,7 @@ def settings(**changes: object) -> VllmSettings:
         "max_model_len": MAX_LEN,
         "max_num_batched_tokens": BUDGET,
         "max_num_seqs": 16,
+        "kv_cache_memory_bytes": 1 << 30,
     }
     base = VllmSettings(model="embedded", dtype="fp32", staging_bytes=192 << 20, engine_args=engine_args)
     return replace(base, **changes)

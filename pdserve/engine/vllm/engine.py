@@ -25,14 +25,13 @@ from pdserve.engine.core.sequences import check_request
 from pdserve.engine.vllm.board import Ending, TransferBoard
 from pdserve.engine.vllm.outputs import end_of, failed, finish_of, read_tokens
 from pdserve.engine.vllm.requests import Choice, Live
-from pdserve.engine.vllm.settings import VllmSettings, settings_from_config
+from pdserve.engine.vllm.settings import VllmSettings
 from pdserve.engine.vllm.staging import StagingPool
 from pdserve.engine.vllm.start import import_vllm, make_memory
 from pdserve.errors import EngineFailed, HandoverError, InvalidRequest, NotSupported
 from pdserve.types import EngineLoad, Finish, KVLayout, ModelInfo, Phase, PromptStats, Request
 
 if TYPE_CHECKING:
-    from pdserve.config import WorkerConfig
     from pdserve.engine.vllm.driver import Event, Job
 
 POLL_S = 0.002
@@ -71,10 +70,6 @@ class VllmEngine:
         """PREFILL requests with blocks still to come, in order."""
         self._finishes: list[Finish] = []
         self._num_jobs = 0
-
-    @classmethod
-    def from_config(cls, config: WorkerConfig, memory_factory: KVMemoryFactory) -> VllmEngine:
-        return cls(settings_from_config(config), memory_factory)
 
     @property
     def model(self) -> ModelInfo:

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
 
 from pdserve.engine.vllm.convert import model_folder
 from pdserve.engine.vllm.settings import VllmSettings
@@ -16,6 +17,8 @@ from pdserve.models import ResolvedModel, resolve
 from pdserve.types import KVLayout, ModelInfo
 
 _DTYPES = {"torch.float32": ("fp32", 4), "torch.bfloat16": ("bf16", 2), "torch.float16": ("fp16", 2)}
+CPU_KV_BYTES = 2 << 30
+"""vLLM's KV cache on CPU, a rank, unless told: its own default is 92 % of the host, so that a second worker fails."""
 _VLLM_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -89,6 +92,15 @@ def _engine_args(settings: VllmSettings, resolved: ResolvedModel) -> AsyncEngine
     for key in settings.engine_args:
         if key not in known:
             raise ConfigError(f"vLLM has no engine argument {key}", key=f"vllm.{key}")
-    dtype = {"dtype": _VLLM_DTYPES[settings.dtype]} if settings.dtype else {}
-    ours = {"model": str(model_folder(resolved)), "logits_processors": ["pdserve.engine.vllm.forced:ForcedOutputs"]}
-    return AsyncEngineArgs(**{**dtype, **settings.engine_args, **ours})
+    ours = {
+        "model": str(model_folder(resolved)),
+        "logits_processors": ["pdserve.engine.vllm.forced:ForcedOutputs"],
+    }
+    return AsyncEngineArgs(**{**_defaults(settings), **settings.engine_args, **ours})
+
+
+def _defaults(settings: VllmSettings) -> dict[str, Any]:
+    defaults: dict[str, Any] = {"dtype": _VLLM_DTYPES[settings.dtype]} if settings.dtype else {}
+    if current_platform.is_cpu() and "gpu_memory_utilization" not in settings.engine_args:
+        defaults["kv_cache_memory_bytes"] = CPU_KV_BYTES
+    return defaults

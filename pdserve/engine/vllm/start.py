@@ -17,6 +17,8 @@ def import_vllm() -> tuple[Any, Any, Any]:
     """Only an engine that is made needs vLLM. Raises `ConfigError`."""
     # A worker's stdout is for its ready line; nobody reads on, and vLLM's processes would stall on a full pipe.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    # On CPU each engine would bind its threads to the same first cores, all workers of a host to one.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     try:
         from pdserve.engine.vllm.driver import VllmDriver
         from pdserve.engine.vllm.model import finish_config, plan_model

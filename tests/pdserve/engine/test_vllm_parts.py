@@ -223,11 +223,9 @@ def test_a_workers_config_gives_sizes_and_vllms_own_arguments_win() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
-def test_without_vllm_the_engine_says_what_to_install() -> None:
-    before = dict(os.environ)
+def test_without_vllm_the_engine_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
     with pytest.raises(ConfigError) as caught:
         VllmEngine(VllmSettings(model="embedded"), LocalMemory)
     assert caught.value.key == "engine"
     assert "pip install" in caught.value.message
-    os.environ.pop("VLLM_LOGGING_STREAM", None)
-    assert dict(os.environ) == {key: value for key, value in before.items() if key != "VLLM_LOGGING_STREAM"}
