@@ -15,8 +15,8 @@ import uvloop
 
 from pdserve.config import RouterConfig, load, parse_override
 from pdserve.errors import ConfigError
+from pdserve.logs import set_up_logs
 from router.app import Router
-from worker_core.logs import set_up_logs
 
 EXIT_CONFIG = 2
 

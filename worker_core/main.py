@@ -17,9 +17,9 @@ import uvloop
 
 from pdserve.config import WorkerConfig, load, parse_override
 from pdserve.errors import ConfigError, PdserveError
+from pdserve.logs import set_up_logs
 from pdserve.types import Role
 from worker_core.engines import build_engine
-from worker_core.logs import set_up_logs
 from worker_core.worker import Worker
 
 EXIT_FAILED = 1
