@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LOAD_TOKENS = 1024
+"""Tokens that a load checks and copies at once: bounds its private copy (330 MB for a 70B model in bf16)."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -224,30 +226,37 @@ class WorkerSide:
         self._loaded.put((copy.request_id, bad))
 
     def _load(self, copy: Copy) -> tuple[Ending, set[int]]:
-        """How it ended, and vLLM's blocks from the first bad one on. The check is on a private copy, so that what
-        was checked is what is decoded."""
+        """How it ended, and vLLM's blocks from the first bad one on: those are computed anew, or the request fails."""
+        assert self._pages is not None
+        vllm_block = self._pages.vllm_block
+        step = max(LOAD_TOKENS // vllm_block, 1) * vllm_block
+        for first in range(copy.first, copy.last, step):
+            last = min(first + step, copy.last)
+            loaded, ending = self._load_part(copy, first, last)
+            if loaded < last:
+                return ending, set(copy.vllm_blocks[loaded // vllm_block :])
+            self._board.advance(self._rank, copy.slot, last)
+        return Ending.DONE, set()
+
+    def _load_part(self, copy: Copy, first: int, last: int) -> tuple[int, Ending]:
+        """Load tokens [first, last): up to which it went, and what stopped it. The checks are made on a private copy,
+        so that what was checked is what is decoded."""
         assert self._pages is not None
         pages = self._pages
-        start, stop = copy.first // pages.block_tokens, -(-copy.last // pages.block_tokens)
-        numbers, expected = list(copy.blocks[start:stop]), np.array(copy.generations[start:stop], dtype=np.uint64)
+        span = slice(first // pages.block_tokens, -(-last // pages.block_tokens))
+        numbers, expected = list(copy.blocks[span]), np.array(copy.generations[span], dtype=np.uint64)
         stale = self._staging.generations[numbers] != expected
         private = self._staging.blocks[numbers]
         stale |= self._staging.generations[numbers] != expected
-        corrupt = _differs(private, copy.digests[start:stop])
-        bad = stale | corrupt
-        good = int(bad.argmax()) if bad.any() else stop - start
-        # Whole pages only: a page with a bad block is computed anew.
-        last = copy.last if good == stop - start else (copy.first + good * pages.block_tokens)
-        if last < copy.last:
+        bad = stale | _differs(private, copy.digests[span])
+        if bad.any():  # keep whole blocks of vLLM only
+            last = first + int(bad.argmax()) * pages.block_tokens
             last -= last % pages.vllm_block
-        if last > copy.first:
+        if last > first:
+            count = -(-(last - first) // pages.block_tokens)
             blocks = torch.from_numpy(private).view(self._blocks.dtype).view(-1, *self._blocks.shape[1:])
-            count = -(-(last - copy.first) // pages.block_tokens)
-            pages.write(list(copy.vllm_blocks), copy.first, last, blocks[:count, :, :, self._heads])
-        if last == copy.last:
-            self._board.advance(self._rank, copy.slot, last)
-            return Ending.DONE, set()
-        return Ending.STALE if stale.any() else Ending.CORRUPT, set(copy.vllm_blocks[last // pages.vllm_block :])
+            pages.write(list(copy.vllm_blocks), first, last, blocks[:count, :, :, self._heads])
+        return last, Ending.STALE if stale.any() else Ending.CORRUPT
 
     def take_loaded(self) -> set[str]:
         """Requests whose load ended since the last call; their bad blocks go to `take_bad_blocks`."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,8 +16,10 @@ pytest.importorskip("vllm", reason="needs the environment of `make test-vllm`")
 
 from vllm import _custom_ops as custom_ops
 
-from kvstore.vllm_connector import SchedulerSide, TransferPlan
-from pdserve.engine.vllm.pages import paged_kv
+from kvstore.transports.shm import SharedMemoryPool
+from kvstore.vllm_connector import LOAD_TOKENS, Copy, SchedulerSide, TransferPlan, WorkerSide
+from pdserve.engine.vllm.board import Ending, TransferBoard
+from pdserve.engine.vllm.pages import HalvesOrder, PagedKV, paged_kv
 
 pytestmark = pytest.mark.vllm
 
@@ -161,3 +166,58 @@ def test_pages_of_vllms_kernels_are_read_and_written_to_the_bit(dtype: torch.dty
     pages.write([2, 3, 5], 0, num_tokens, blocks)
     for cache, old in zip(caches.values(), before, strict=True):
         assert torch.equal(cache[[2, 3, 5]], old[vllm_blocks])
+
+
+SHAPE = (LAYERS, 2, HEADS, BLOCK, DIM)
+NUM_TOKENS = 2 * LOAD_TOKENS + 300
+
+
+@pytest.mark.parametrize(
+    ("bad_token", "spoil", "ending"),
+    [
+        (None, None, Ending.DONE),
+        (0, "bytes", Ending.CORRUPT),
+        (LOAD_TOKENS + 100, "bytes", Ending.CORRUPT),
+        (LOAD_TOKENS + 100, "generation", Ending.STALE),
+        (NUM_TOKENS - 1, "bytes", Ending.CORRUPT),
+    ],
+)
+def test_a_long_load_goes_up_to_the_first_bad_block(bad_token: int | None, spoil: str | None, ending: Ending) -> None:
+    count = -(-NUM_TOKENS // BLOCK)
+    pool, board = SharedMemoryPool(count, 4 * math.prod(SHAPE)), TransferBoard.create(1, 1)
+    torch.manual_seed(9)
+    content = torch.randn(count, *SHAPE)
+    content[-1, :, :, :, NUM_TOKENS % BLOCK :] = 0
+    pool.blocks[:] = content.numpy().view(np.uint8).reshape(count, -1)
+    digests = tuple(xxhash.xxh3_128_hexdigest(block) for block in pool.blocks)
+    vllm_blocks = tuple(reversed(range(-(-NUM_TOKENS // PAGE))))
+    layers = tuple(torch.zeros(len(vllm_blocks), HEADS, PAGE, 2 * DIM) for _ in range(LAYERS))
+    pages = PagedKV(layers, HalvesOrder(), BLOCK, PAGE)
+    copy = Copy("r", 0, 0, NUM_TOKENS, True, vllm_blocks, tuple(range(count)), (0,) * count, digests)
+    if bad_token is not None and spoil == "bytes":
+        pool.blocks[bad_token // BLOCK, 7] ^= 1
+    elif bad_token is not None:
+        pool.generations[bad_token // BLOCK] += 1
+    worker = WorkerSide(
+        {
+            "staging": pool.name,
+            "board": board.path,
+            "num_ranks": 1,
+            "num_slots": 1,
+            "block_shape": SHAPE,
+            "dtype": "fp32",
+        },
+        rank=0,
+    )
+    worker.register(pages)
+    worker.start_loads(TransferPlan(loads=[copy]))
+    worker.close()  # waits for the load
+    good = NUM_TOKENS if bad_token is None else bad_token // PAGE * PAGE
+    assert worker.take_loaded() == {"r"}
+    assert worker.take_bad_blocks() == set(vllm_blocks[good // PAGE :] if bad_token is not None else ())
+    assert board.ending(0) is ending
+    if good:
+        found = pages.read(list(vllm_blocks), 0, good)
+        assert torch.equal(found, content[: len(found)])
+    board.close()
+    pool.close()
