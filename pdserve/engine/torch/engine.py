@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def build_torch_engine(config: TorchEngineConfig, memory_factory: KVMemoryFactor
     Raises `ConfigError` (model not found or damaged, no such device), `NotSupported` (a model shape that we don't
     compute, by name).
     """
+    use_huge_pages()
     torch.set_num_threads(config.threads)
     resolved = resolve(config.model, config.model_cache_dir)
     runner = build_runner(
@@ -70,6 +72,12 @@ def build_torch_engine(config: TorchEngineConfig, memory_factory: KVMemoryFactor
         deterministic=config.deterministic,
     )
     return LocalEngine(runner, memory_factory, _core_config(config, runner.layout.block_bytes))
+
+
+def use_huge_pages() -> None:
+    """Have torch ask the kernel for huge pages, which it decides once, at its first allocation: so call it before.
+    Decode streams all weights and KV through the TLB; with 4 KiB pages a step takes up to 1.15 times as long."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def build_runner(

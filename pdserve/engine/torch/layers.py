@@ -59,8 +59,12 @@ class LayerWeights:
 
 
 def rms_norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm over the last dimension, computed in float32, in the rows' dtype (as Hugging Face's models round)."""
-    return F.rms_norm(rows, (weight.shape[0],), weight, eps)
+    """RMS norm over the last dimension, computed in float32, in the rows' dtype. By hand, as `F.rms_norm` takes four
+    times as long on the CPU at 512 rows."""
+    wide = rows.float()
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = norm.square_().div_(rows.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).mul_(weight).to(rows.dtype)
 
 
 def mlp(rows: Tensor, weights: LayerWeights) -> Tensor:

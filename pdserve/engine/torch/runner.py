@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,12 +19,14 @@ from torch import Tensor
 from pdserve.engine.core.runner import Sampled, Scheduled, Sequence
 from pdserve.engine.torch import sampling
 from pdserve.engine.torch.attention import ROW_TILE
-from pdserve.engine.torch.grammar import ChoiceGrammar, GrammarCompiler
 from pdserve.engine.torch.model import Decoder
 from pdserve.engine.torch.paged_kv import KVShape, PagedKV
 from pdserve.engine.torch.plan import Plan, clear_fresh_blocks, fast_plan, tiled_plan
 from pdserve.errors import EngineFailed, PdserveError
 from pdserve.types import KVLayout, ModelInfo
+
+if TYPE_CHECKING:
+    from pdserve.engine.torch.grammar import ChoiceGrammar, GrammarCompiler
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -114,7 +117,10 @@ class TorchRunner:
         return found
 
     def _grammar_compiler(self) -> GrammarCompiler:
+        """Made, and xgrammar imported (half a second), for the first grammar."""
         if self._compiler is None:
+            from pdserve.engine.torch.grammar import GrammarCompiler
+
             model = self._model
             self._compiler = GrammarCompiler(self._vocabulary(), model.vocab_size, model.eos_token_ids)
         return self._compiler
