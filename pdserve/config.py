@@ -214,6 +214,14 @@ def parse_override(text: str) -> tuple[str, object]:
     return key, yaml.safe_load(value) if value else ""
 
 
+def split_address(address: str, key: str) -> tuple[str, int]:
+    """Raises `ConfigError` unless it is host:port."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"{address!r} is not host:port", key=key)
+    return host, int(port)
+
+
 def to_mapping(config: Config) -> dict[str, Any]:
     """Plain data that `from_mapping` takes back."""
     plain: dict[str, Any] = msgspec.to_builtins(config)

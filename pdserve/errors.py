@@ -12,6 +12,7 @@
     |  +- RequestCancelled     499  CANCELLED            the caller went away or cancelled
     +- ServiceError            ours: `retryable` says whether the same request may be sent again
     |  +- Overloaded           429  RESOURCE_EXHAUSTED   no room; `retry_after_s`
+    |  +- QuotaExceeded        429  RESOURCE_EXHAUSTED   a tenant's share of the KV store is used up
     |  +- NoWorker             503  UNAVAILABLE          no worker of the needed role
     |  +- Draining             503  UNAVAILABLE          this process is going away
     |  +- WorkerLost           503  UNAVAILABLE          a worker died with the request on it
@@ -160,6 +161,16 @@ class Overloaded(ServiceError):
     http_status = 429
     grpc_code = "RESOURCE_EXHAUSTED"
     reason = "overloaded"
+    openai_type = "rate_limit_error"
+    retryable = True
+
+
+class QuotaExceeded(ServiceError):
+    """A tenant may keep no more in the KV store now: what it has there is in use. Serving goes on without a copy."""
+
+    http_status = 429
+    grpc_code = "RESOURCE_EXHAUSTED"
+    reason = "quota_exceeded"
     openai_type = "rate_limit_error"
     retryable = True
 

@@ -17,9 +17,10 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.handover.exporter import ExportLedger, ExportLimits
 from kvstore.transports.segment import host_id
-from pdserve.config import WorkerConfig
+from pdserve.config import WorkerConfig, split_address
 from pdserve.engine.base import HandoverEngine, KVMemoryFactory
 from pdserve.errors import Draining, EngineFailed, PdserveError
+from pdserve.http_status import Answer, StatusServer
 from pdserve.metrics import CONTENT_TYPE, WorkerMetrics, render
 from pdserve.rpc import RpcServer, ServerStream
 from pdserve.types import EngineLoad, Role, WorkerInfo
@@ -27,10 +28,9 @@ from pdserve.wire.handover import BIND, RELEASE, RENEW, Bind, Bound
 from pdserve.wire.session import SESSION, RouterUpdate, WorkerHello, WorkerUpdate
 from worker_core.engine_thread import EngineThread, Round
 from worker_core.exporter import Exporter
-from worker_core.http_status import Answer, StatusServer
 from worker_core.identity import fingerprint
 from worker_core.jobs import JobTable
-from worker_core.memory_port import MemoryPort, advertised_host, split_address
+from worker_core.memory_port import MemoryPort, advertised_host
 from worker_core.puller import Puller
 from worker_core.session import Session
 
