@@ -1,0 +1,157 @@
+"""The default policy: evict what earns the fewest hits per block-second, as learnt from this very load.
+
+Who comes back, and when, differs by what a block is: the tail of a conversation's first turn, the tail of its fifth,
+a system prompt that hundreds share. Each is a *kind* here; `ReuseTable` learns each kind's hazard of reuse by age, and
+from it what a block of that kind and age is worth. `Groups` keeps the blocks queued by kind and age, so a victim is
+the tail of the oldest group in the least valuable queue that is not empty. With no history that is LRU.
+
+Hot path. Measured on one slow shared core: see `benchmarks/README.md`. A pool in which nothing may leave costs a scan.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvstore.eviction.base import Allowed, Key, require
+from kvstore.eviction.groups import Group, Groups
+from kvstore.eviction.reuse import BINS, ReuseTable, bin_of
+
+_TURNS = 8
+"""Kinds for blocks of one conversation: by its turn, the last kind for all later ones."""
+_GAP_EDGES_S = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0)
+_GAPS = len(_GAP_EDGES_S) + 1
+_USES = 4
+"""Kinds for shared blocks: by mean time between uses, and by 2-3, 4-7, 8-15 or more uses."""
+_LEFT = _TURNS + _GAPS * _USES
+"""The kind of what a chain left behind when it turned off."""
+_KINDS = _LEFT + 1
+_GAP_WEIGHT = 0.15
+"""Of the latest gap in the moving mean, once there are seven."""
+_RECOMPUTE_S = 20.0
+_RECOMPUTE_MIN_KEYS = 4096
+_RECOMPUTE_SHARE = 8
+"""The ranking is remade after so many seconds, or after an eighth of the pool was used."""
+
+
+class HazardPolicy:
+    """Learnt reuse hazards. Memory: some 2 MB, 80 bytes a resident key, 130 a ghost (the key itself counted)."""
+
+    def __init__(self) -> None:
+        self._groups = Groups(_KINDS)
+        self._reuse = ReuseTable(_KINDS)
+        self._now = float("-inf")
+        self._ranked_s = 0.0
+        """When the ranking was made; at the first call, the time of that."""
+        self._keys_since = 0
+        self._rank: list[list[int]] = []
+        self._order: list[tuple[int, int]] = []
+        """(kind, age bin), the least valuable first; `_rank` is its inverse."""
+        self._cursor = 0
+        """No queue before this place in the order has a key to give."""
+        self._sort()
+
+    def access(self, keys: Sequence[Key], now: float, *, extends: bool = False) -> None:
+        now = self._advance(now)
+        cover = self._groups.cover(keys, now, extends)
+        for group in cover.left:
+            self._move(group, _LEFT, group.age_bin)
+        turn = cover.groups[-1].depth if cover.groups else 0
+        for group in cover.groups:
+            self._touch(group, turn, now, extends)
+        self._keys_since += len(keys)
+        self._rank_again_if_due(now)
+
+    def evict(self, now: float, allowed: Allowed) -> Key | None:
+        self._rank_again_if_due(self._advance(now))
+        victim = self._next_victim(allowed)
+        if victim is None and self._put_back():
+            victim = self._next_victim(allowed)
+        return victim
+
+    def forget(self, key: Key) -> None:
+        self._groups.forget(key)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._groups.resident
+
+    def __len__(self) -> int:
+        return len(self._groups.resident)
+
+    def check_integrity(self) -> None:
+        self._groups.check_integrity()
+        live = self._groups.waiting()
+        require(all(self._rank[k][b] >= self._cursor for k, b in live), "the cursor has passed a queue that waits")
+
+    def _advance(self, now: float) -> float:
+        if self._now == float("-inf"):
+            self._ranked_s = now
+        self._now = max(now, self._now)
+        return self._now
+
+    def _touch(self, group: Group, turn: int, now: float, extends: bool) -> None:
+        if group.uses:
+            self._leave(group, now, reused=not extends)
+        self._reuse.came(len(group))
+        self._groups.revive(group)
+        if not extends or not group.uses:
+            group.uses += 1
+        group.touched_s = now
+        self._move(group, _kind(group, turn), 0)
+
+    def _leave(self, group: Group, now: float, *, reused: bool) -> None:
+        """Books the age at which the group is touched again."""
+        age_s, blocks = now - group.touched_s, len(group)
+        last = bin_of(age_s)
+        for passed in range(group.age_bin, last):
+            self._reuse.passed(group.kind, passed, blocks)
+        self._reuse.stayed(group.kind, last, blocks, age_s)
+        if reused:
+            self._reuse.reused(group.kind, last, blocks)
+            group.gap_s += (age_s - group.gap_s) * max(_GAP_WEIGHT, 1 / group.uses)
+
+    def _move(self, group: Group, kind: int, age_bin: int) -> None:
+        self._groups.move(group, kind, age_bin)
+        if group.keys:
+            self._cursor = min(self._cursor, self._rank[kind][age_bin])
+
+    def _next_victim(self, allowed: Allowed) -> Key | None:
+        while self._cursor < len(self._order):
+            victim = self._groups.take(*self._order[self._cursor], allowed)
+            if victim is not None:
+                return victim
+            self._cursor += 1
+        return None
+
+    def _put_back(self) -> bool:
+        """Whether any group that had been set aside waits again."""
+        self._cursor = 0
+        return self._groups.release()
+
+    def _rank_again_if_due(self, now: float) -> None:
+        many = max(_RECOMPUTE_MIN_KEYS, len(self) // _RECOMPUTE_SHARE)
+        if now - self._ranked_s < _RECOMPUTE_S and self._keys_since < many:
+            return
+        self._groups.release()
+        self._groups.grow_older(now, self._reuse.passed)
+        self._reuse.fade(now - self._ranked_s)
+        self._ranked_s, self._keys_since = now, 0
+        self._sort()
+
+    def _sort(self) -> None:
+        places = np.argsort(self._reuse.values(), axis=None, kind="stable")
+        self._order = [divmod(place, BINS) for place in places.tolist()]
+        ranks = np.empty(places.size, dtype=np.int64)
+        ranks[places] = np.arange(places.size)
+        self._rank = ranks.reshape(_KINDS, BINS).tolist()
+        self._cursor = 0
+
+
+def _kind(group: Group, turn: int) -> int:
+    """A block used once by each turn since its own belongs to one conversation; one used more often is shared."""
+    if group.uses <= turn - group.depth + 1:
+        return min(turn, _TURNS - 1)
+    often = min(max(group.uses.bit_length() - 2, 0), _USES - 1)
+    return _TURNS + bisect_right(_GAP_EDGES_S, group.gap_s) * _USES + often
