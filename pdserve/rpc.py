@@ -50,6 +50,9 @@ _KEEPALIVE = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
+_CONNECT_TIMEOUT_MS = 5_000
+"""For one attempt to connect, TLS included. gRPC calls it the minimal reconnect back-off, and gives up on an attempt
+after it: a busy peer may well need more than the 100 ms that a back-off should start with."""
 _UNTYPED: dict[grpc.StatusCode, type[PdserveError]] = {
     grpc.StatusCode.UNAVAILABLE: WorkerLost,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
@@ -323,7 +326,7 @@ class Channel:
             ("grpc.max_receive_message_length", -1),
             ("grpc.max_send_message_length", -1),
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", _CONNECT_TIMEOUT_MS),
             ("grpc.max_reconnect_backoff_ms", 2_000),
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.enable_http_proxy", 0),
