@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from pdserve.errors import PdserveError
-from pdserve_cli import parity, up
+from pdserve_cli import bench, parity, up
 
 _VERBS = {
     "up": (up, "start a whole cluster on this machine"),
     "parity": (parity, "compare the cluster's tokens with one engine's and with transformers'"),
+    "bench": (bench, "measure one part"),
 }
 
 

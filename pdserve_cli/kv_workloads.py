@@ -42,7 +42,10 @@ def read_trace(path: Path) -> list[Request]:
 def _record(line: str, number: int, path: Path) -> Request:
     try:
         record = json.loads(line)
-        return Request(record["timestamp"] / 1000, [_key(int(block)) for block in record["hash_ids"]])
+        keys = [_key(int(block)) for block in record["hash_ids"]]
+        if len(set(keys)) < len(keys):
+            raise ValueError("a block comes twice in one prompt")
+        return Request(record["timestamp"] / 1000, keys)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise InvalidRequest(
             f"{path}, line {number}: want an object with `timestamp` (ms) and `hash_ids` (integers >= 0): {error!r}"

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from kvstore.eviction.base import Allowed, Key, require
 from kvstore.eviction.reuse import BINS, EDGES_S
 
-_MIN_GHOSTS = 65_536
+MIN_GHOSTS = 65_536
 """Some 10 MB. A small pool turns over faster than people answer: it learns from ghosts alone."""
 _GHOSTS_PER_RESIDENT = 0.5
 
@@ -63,7 +63,8 @@ class Cover(NamedTuple):
 class Groups:
     """All groups, findable by key, queued by (kind, age bin)."""
 
-    def __init__(self, kinds: int) -> None:
+    def __init__(self, kinds: int, min_ghosts: int) -> None:
+        self._min_ghosts = min_ghosts
         self.resident: dict[Key, Group] = {}
         self.ghosts: dict[Key, Group] = {}
         self._live: list[list[Queue]] = [[OrderedDict() for _ in range(BINS)] for _ in range(kinds)]
@@ -227,13 +228,17 @@ class Groups:
         group.gone.append(group.keys.pop())
         if not group.keys:
             self._attach(group)
-            self._trim()
+        if len(self.ghosts) > max(self._min_ghosts, _GHOSTS_PER_RESIDENT * len(self.resident)):
+            self._forget_ghosts(next(iter(self._burials), group))
         return key
 
-    def _trim(self) -> None:
-        limit = max(_MIN_GHOSTS, int(_GHOSTS_PER_RESIDENT * len(self.resident)))
-        while len(self.ghosts) > limit and self._burials:
-            self._drop(next(iter(self._burials)))
+    def _forget_ghosts(self, group: Group) -> None:
+        if not group.keys:
+            self._drop(group)
+            return
+        for key in group.gone:
+            del self.ghosts[key]
+        group.gone = []
 
     def _drop(self, group: Group) -> None:
         self._detach(group)

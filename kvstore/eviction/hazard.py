@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvstore.eviction.base import Allowed, Key, require
-from kvstore.eviction.groups import Group, Groups
+from kvstore.eviction.groups import MIN_GHOSTS, Group, Groups
 from kvstore.eviction.reuse import BINS, ReuseTable, bin_of
 
 _TURNS = 8
@@ -39,8 +39,9 @@ _RECOMPUTE_SHARE = 8
 class HazardPolicy:
     """Learnt reuse hazards. Memory: some 2 MB, 80 bytes a resident key, 130 a ghost (the key itself counted)."""
 
-    def __init__(self) -> None:
-        self._groups = Groups(_KINDS)
+    def __init__(self, min_ghosts: int = MIN_GHOSTS) -> None:
+        """Remembers `min_ghosts` evicted keys, or one for every two resident ones if that is more."""
+        self._groups = Groups(_KINDS, min_ghosts)
         self._reuse = ReuseTable(_KINDS)
         self._now = float("-inf")
         self._ranked_s = 0.0

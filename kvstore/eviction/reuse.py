@@ -20,7 +20,7 @@ Table = npt.NDArray[np.float64]
 """[kinds, bins]"""
 
 EDGES_S = (0.0, *(1.5**power for power in range(28)))
-"""Age bins are [EDGES_S[i], EDGES_S[i + 1]): geometric, from a second to 16 hours; the last one takes all that is older."""
+"""Age bins are [EDGES_S[i], EDGES_S[i + 1]): geometric, from a second to 16 hours; the last takes all that is older."""
 BINS = len(EDGES_S) - 1
 WIDTHS_S: tuple[float, ...] = tuple(np.diff(EDGES_S).tolist())
 
