@@ -209,7 +209,7 @@ async def test_what_runs_on_other_workers_goes_on_when_one_dies(start_sim: Any, 
     cluster = await start_sim(decode=2)
     http = http_to(cluster)
     prompts = [[*SHORT, number] for number in range(6)]
-    streams = [Streaming(http, ask(prompt, max_tokens=60)) for prompt in prompts]
+    streams = [Streaming(http, ask(prompt, max_tokens=300)) for prompt in prompts]
     for stream in streams:
         await stream.has(2)
     await killed(cluster, of_role(cluster, "decode"))
@@ -218,7 +218,7 @@ async def test_what_runs_on_other_workers_goes_on_when_one_dies(start_sim: Any, 
     assert set(ends) == {(True, None), (False, "worker_lost")}
     for prompt, events in zip(prompts, results, strict=True):
         if events.done:
-            assert events.token_ids == sim_tokens(prompt, max_tokens=60, ignore_eos=True, temperature=0)
+            assert events.token_ids == sim_tokens(prompt, max_tokens=300, ignore_eos=True, temperature=0)
     for prompt in prompts[:3]:
         await answers(http, prompt)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from worker_pair import (
     SIM,
     Constant,
     Gate,
+    HeldStep,
     Pair,
     expected,
     make_request,
@@ -115,12 +117,14 @@ async def test_blocks_that_decode_has_cached_are_not_pulled_again() -> None:
 
 @TRANSPORTS
 async def test_the_first_chunk_is_pulled_while_prefill_still_computes(transport: str) -> None:
-    slow = sim_builder(timing=Constant(15.0))
-    async with running_pair([transport], prefill_build=slow) as pair:
-        request = make_request(length=640)  # ten chunks
+    pulled = threading.Event()
+    held = sim_builder(timing=HeldStep(10, pulled))
+    async with running_pair([transport], prefill_build=held) as pair:
+        request = make_request(length=640)  # ten chunks, and the last waits for the first to be pulled
         handed = pair.start(request)
         await handed.first.until(lambda: pair.decode_worker.kv_bytes_pulled > 0)
         assert handed.first.prompt is None, "prefill had ended before the first pull"
+        pulled.set()
         assert await handed.result() == expected(request)
         assert len(handed.first.announcements) == 10
 

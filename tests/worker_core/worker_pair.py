@@ -49,6 +49,20 @@ def sim_builder(sim: SimEngineConfig = SIM, **engine_options: object) -> EngineB
     return build
 
 
+class HeldStep:
+    """A timing model whose n-th step goes on only when `release` is set: an order of events made certain."""
+
+    def __init__(self, step: int, release: threading.Event) -> None:
+        self._left = step
+        self._release = release
+
+    def step_ms(self, work: StepWork) -> float:
+        self._left -= 1
+        if self._left == 0:
+            assert self._release.wait(60), "nothing released the held step"
+        return 0.0
+
+
 @dataclass(frozen=True)
 class Constant:
     """A timing model: every step takes as long."""
