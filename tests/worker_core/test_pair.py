@@ -122,7 +122,7 @@ async def test_the_first_chunk_is_pulled_while_prefill_still_computes(transport:
     async with running_pair([transport], prefill_build=held) as pair:
         request = make_request(length=640)  # ten chunks, and the last waits for the first to be pulled
         handed = pair.start(request)
-        await handed.first.until(lambda: pair.decode_worker.kv_bytes_pulled > 0)
+        await until(lambda: pair.decode_worker.kv_bytes_pulled > 0)
         assert handed.first.prompt is None, "prefill had ended before the first pull"
         pulled.set()
         assert await handed.result() == expected(request)
