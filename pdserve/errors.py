@@ -18,6 +18,10 @@
     |  +- WorkerLost           503  UNAVAILABLE          a worker died with the request on it
     |  +- DeadlineExceeded     504  DEADLINE_EXCEEDED    a leg ran out of its time
     |  +- EngineFailed         500  INTERNAL             the engine raised
+    |  +- DiskError            503  UNAVAILABLE          the store's disk tier could not: recompute
+    |     +- DiskBlockCorrupt  503  DATA_LOSS            a record on disk is not what was written; it was dropped
+    |     +- DiskFull          503  RESOURCE_EXHAUSTED   no room on the disk; `retry_after_s`
+    |     +- DiskReadOnly      503  FAILED_PRECONDITION  the disk takes no writes; `retry_after_s`
     +- HandoverError           the KV did not arrive; fails closed, retryable
     |  +- TicketRefused        503  FAILED_PRECONDITION  unknown, expired or foreign ticket
     |  +- FingerprintMismatch  503  FAILED_PRECONDITION  layouts differ
@@ -211,6 +215,34 @@ class EngineFailed(ServiceError):
     http_status = 500
     grpc_code = "INTERNAL"
     reason = "engine_failed"
+
+
+class DiskError(ServiceError):
+    """The store's disk tier is off, or an input or output of it failed: the block is to be computed again."""
+
+    reason = "disk_unavailable"
+    retryable = True
+
+
+class DiskBlockCorrupt(DiskError):
+    """A record on disk is torn, or differs from what was written. It was dropped, and nothing of it was served."""
+
+    grpc_code = "DATA_LOSS"
+    reason = "disk_block_corrupt"
+
+
+class DiskFull(DiskError):
+    """The disk has no room, less than the tier was given; reads go on. `retry_after_s` tells when it tries again."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+    reason = "disk_full"
+
+
+class DiskReadOnly(DiskError):
+    """The disk takes no writes; reads go on."""
+
+    grpc_code = "FAILED_PRECONDITION"
+    reason = "disk_read_only"
 
 
 class HandoverError(PdserveError):

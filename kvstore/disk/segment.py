@@ -1,0 +1,227 @@
+"""One segment: a file of records, and what is known of it in memory.
+
+Appended to by one writer until it is full, then sealed by its footer; read by any thread at any time. No record is
+ever overwritten by another one: a reader that holds the segment (`readers`) reads the bytes of the record it asked
+for, or a header that was erased because the block left. The file goes as a whole, once nobody reads it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from kvstore.disk.buffers import aligned, is_aligned
+from kvstore.disk.folder import Folder
+from kvstore.disk.footer import DEAD, Tail, encode_footer
+from kvstore.disk.record import (
+    DIGEST_BYTES,
+    HEADER_BYTES,
+    PAGE,
+    ZEROS,
+    Record,
+    RecordInvalid,
+    digest,
+    encode_header,
+    padded,
+    verify,
+)
+
+RUN_BYTES = 4 << 20
+"""Of a run, the neighbouring records that one system call moves: large enough to hide the call, small enough that a
+batch keeps all threads busy, some hashing while others wait for the disk."""
+RUN_RECORDS = 256
+"""Three buffers each (header, payload, padding), and the kernel takes 1024 a call (IOV_MAX)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One record and the memory that its payload goes to or comes from, `record.length` bytes."""
+
+    record: Record
+    data: memoryview
+    index: int = 0
+    """Of the block in the caller's request."""
+
+
+def runs(transfers: Sequence[Transfer]) -> Iterator[list[Transfer]]:
+    """Groups of records that are neighbours on disk, in order of place."""
+    run: list[Transfer] = []
+    size = 0
+    for transfer in sorted(transfers, key=lambda t: (t.record.segment, t.record.offset)):
+        record = transfer.record
+        fits = size + record.nbytes <= RUN_BYTES and len(run) < RUN_RECORDS
+        if run and not (fits and run[-1].record.segment == record.segment and run[-1].record.end == record.offset):
+            yield run
+            run, size = [], 0
+        run.append(transfer)
+        size += record.nbytes
+    if run:
+        yield run
+
+
+class Segment:
+    """An open segment file. Raises `OSError` from every method that does I/O."""
+
+    def __init__(self, folder: Folder, number: int, *, direct: bool, create: bool = False) -> None:
+        self.number = number
+        self.writable = True
+        self.records: list[Record] = []
+        """Every record that was placed here, live or not, in order of place."""
+        self.end = 0
+        """Of the last record: where the next one goes."""
+        self.tail: Tail | None = None
+        """Set once the footer stands."""
+        self.live_bytes = 0
+        self.readers = 0
+        self.retired = False
+        self._plain = self._open(folder, create)
+        self._data = self._plain
+        if direct:
+            try:
+                access = os.O_RDWR if self.writable else os.O_RDONLY
+                self._data = folder.open(number, access | os.O_DIRECT)
+            except OSError:
+                os.close(self._plain)
+                raise
+        self._direct = direct
+
+    def _open(self, folder: Folder, create: bool) -> int:
+        if create:
+            return folder.open(self.number, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            return folder.open(self.number, os.O_RDWR)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            self.writable = False
+            return folder.open(self.number, os.O_RDONLY)
+
+    @property
+    def file_bytes(self) -> int:
+        return os.fstat(self._plain).st_size
+
+    @property
+    def live_ratio(self) -> float:
+        return self.live_bytes / self.end if self.end else 0.0
+
+    def place(self, record: Record) -> None:
+        """Take the room for `record`, which starts at `end`; its bytes follow."""
+        self.records.append(record)
+        self.end = record.end
+
+    def rewind(self, end: int) -> None:
+        """Give back the room behind `end`, after a write there failed."""
+        while self.records and self.records[-1].offset >= end:
+            self.records.pop()
+        self.end = end
+        os.ftruncate(self._plain, end)
+
+    # -- records ---------------------------------------------------------------------------------------------------
+
+    def write(self, run: Sequence[Transfer]) -> None:
+        """Write neighbouring records, headers and all, with their digests."""
+        headers = aligned(PAGE * len(run))
+        parts: list[memoryview] = []
+        for i, transfer in enumerate(run):
+            header = encode_header(transfer.record, digest(transfer.data))
+            headers[i * PAGE : i * PAGE + HEADER_BYTES] = header
+            parts += [headers[i * PAGE : (i + 1) * PAGE], *self._payload_parts(transfer)]
+        _write_all(self._data, parts, run[0].record.offset)
+
+    def _payload_parts(self, transfer: Transfer) -> list[memoryview]:
+        room = padded(transfer.record.length)
+        if self._direct and not is_aligned(transfer.data):
+            copy = aligned(room)
+            copy[: transfer.record.length] = transfer.data
+            return [copy[:room]]
+        padding = room - transfer.record.length
+        return [transfer.data, memoryview(ZEROS)[:padding]] if padding else [transfer.data]
+
+    def read(self, run: Sequence[Transfer]) -> list[RecordInvalid | None]:
+        """Read neighbouring records into their memory; for each, why it may not be used, or None when it is whole.
+
+        The hot path: one call for the run, straight into the caller's memory when that suits the disk, and a digest
+        over what came.
+        """
+        headers = aligned(PAGE * (len(run) + 1))
+        spare = headers[PAGE * len(run) :]
+        direct = [not self._direct or is_aligned(t.data) for t in run]
+        targets = [t.data if plain else aligned(t.record.length) for t, plain in zip(run, direct, strict=True)]
+        parts: list[memoryview] = []
+        for i, (transfer, target) in enumerate(zip(run, targets, strict=True)):
+            room = padded(transfer.record.length)
+            parts += [headers[i * PAGE : (i + 1) * PAGE], target[:room]]
+            if len(target) < room:
+                parts.append(spare[: room - len(target)])
+        start = run[0].record.offset
+        end = start + os.preadv(self._data, parts, start)
+        found: list[RecordInvalid | None] = []
+        for i, (transfer, target) in enumerate(zip(run, targets, strict=True)):
+            if target is not transfer.data:
+                transfer.data[:] = target[: transfer.record.length]
+            found.append(_judge(transfer, headers[i * PAGE : (i + 1) * PAGE], end))
+        return found
+
+    def erase(self, record: Record) -> None:
+        """Void a record's header, and its state in the footer: a restart must not find it."""
+        if not self.writable:
+            return
+        header = encode_header(record, bytes(DIGEST_BYTES), live=False)
+        os.pwrite(self._plain, header.ljust(PAGE, b"\0"), record.offset)
+        if self.tail is not None:
+            os.pwrite(self._plain, DEAD, self.tail.state_offset(self._ordinal(record)))
+
+    def _ordinal(self, record: Record) -> int:
+        return bisect_left(self.records, record.offset, key=lambda r: r.offset)
+
+    # -- the whole file --------------------------------------------------------------------------------------------
+
+    def write_footer(self, states: bytes) -> Tail:
+        """Write the footer behind the last record; the caller sets `tail`."""
+        footer, tail = encode_footer(self.number, self.end, self.records, states)
+        os.ftruncate(self._plain, self.end)
+        _write_all(self._plain, [memoryview(footer)], self.end)
+        return tail
+
+    def read_at(self, nbytes: int, offset: int) -> bytes:
+        """Up to `nbytes`, through the page cache; fewer at the end of the file."""
+        return os.pread(self._plain, nbytes, offset)
+
+    def sync(self) -> None:
+        os.fsync(self._plain)
+
+    def drop_cache(self) -> None:
+        """Ask the kernel to forget its cached pages, so that the next read comes from the disk."""
+        os.fsync(self._plain)
+        os.posix_fadvise(self._plain, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        if self._data != self._plain:
+            os.close(self._data)
+        os.close(self._plain)
+
+
+def _judge(transfer: Transfer, page: memoryview, end: int) -> RecordInvalid | None:
+    if transfer.record.end > end:
+        return RecordInvalid("truncated")
+    try:
+        verify(transfer.record, page, transfer.data)
+    except RecordInvalid as invalid:
+        return invalid
+    return None
+
+
+def _write_all(fd: int, parts: list[memoryview], offset: int) -> None:
+    """Short writes are carried on; a disk that takes no more raises."""
+    while parts:
+        written = os.pwritev(fd, parts, offset)
+        if not written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        offset += written
+        while parts and written >= len(parts[0]):
+            written -= len(parts.pop(0))
+        if written:
+            parts[0] = parts[0][written:]

@@ -1,0 +1,237 @@
+"""What goes to the disk: appending blocks, sealing full segments, and making room.
+
+The log only grows at its end. Room is made a segment at a time: the one with the smallest live share gives its live
+records to the end of the log and goes. Only when every segment is more than half alive does the policy name blocks to
+leave. So at most as much is copied as was freed, and blocks that were written together, which mostly leave together,
+cost no copy at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+
+from kvstore.disk.buffers import aligned
+from kvstore.disk.catalog import Catalog
+from kvstore.disk.events import DiskObserver, Gone
+from kvstore.disk.folder import Folder
+from kvstore.disk.footer import footer_bytes
+from kvstore.disk.options import DiskOptions
+from kvstore.disk.pool import IoPool
+from kvstore.disk.record import Record, record_bytes
+from kvstore.disk.segment import Segment, Transfer, runs
+from kvstore.types import BlockId
+
+log = logging.getLogger(__name__)
+
+COMPACT_BELOW = 0.5
+"""Live share of a segment from which on it is not worth copying: at 0.5 a byte copied frees a byte."""
+
+MayLeave = Callable[[BlockId], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A block to be stored."""
+
+    id: BlockId
+    data: memoryview
+
+
+class Writer:
+    """Not thread-safe: the tier lets one thread in at a time. Every method raises `OSError`."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        catalog: Catalog,
+        pool: IoPool,
+        options: DiskOptions,
+        observer: DiskObserver,
+        may_leave: MayLeave,
+        first: tuple[int, int],
+    ) -> None:
+        self._folder = folder
+        self._catalog = catalog
+        self._pool = pool
+        self._options = options
+        self._observer = observer
+        self._may_leave = may_leave
+        self._active: Segment | None = None
+        self._number, self._sequence = count(first[0]), count(first[1])
+
+    def put(self, items: Sequence[Item], *, extends: bool) -> int:
+        """Store those blocks that are not here; returns how many. What was stored before an error stays."""
+        new = {item.id: item for item in items if self._catalog.find(item.id) is None}
+        pending = deque(new.values())
+        while pending:
+            segment = self._room_for(record_bytes(len(pending[0].data)))
+            stored = self._write(segment, self._place(segment, pending), extends=extends)
+            extends = extends or stored > 0
+        return len(new)
+
+    def _place(self, segment: Segment, pending: deque[Item]) -> list[Transfer]:
+        """As many blocks as the segment has room for."""
+        placed = []
+        while pending and self._fits(segment, record_bytes(len(pending[0].data))):
+            item = pending.popleft()
+            placed.append(self._append(segment, item.id, item.data))
+        return placed
+
+    def _append(self, segment: Segment, block: BlockId, data: memoryview) -> Transfer:
+        record = Record(block, segment.number, segment.end, len(data), next(self._sequence))
+        segment.place(record)
+        return Transfer(record, data)
+
+    def _write(self, segment: Segment, placed: list[Transfer], *, extends: bool) -> int:
+        began = time.perf_counter()
+        whole, error = self._write_runs(segment, placed)
+        with self._catalog.lock:
+            self._catalog.publish(whole)
+            self._catalog.touch([record.id for record in whole], extends=extends)
+            nbytes = sum(record.length for record in whole)
+            self._observer.moved("write", nbytes, time.perf_counter() - began)
+        if error is not None:
+            raise error
+        return len(whole)
+
+    def _write_runs(self, segment: Segment, placed: list[Transfer]) -> tuple[list[Record], OSError | None]:
+        """The records that were written whole, and the first error."""
+        parts = list(runs(placed))
+        errors = self._pool.run([partial(_attempt, segment, run) for run in parts])
+        whole = [t.record for run, error in zip(parts, errors, strict=True) if error is None for t in run]
+        first = next((error for error in errors if error is not None), None)
+        if first is not None:
+            self._undo(segment, placed, whole)
+        return whole, first
+
+    def _undo(self, segment: Segment, placed: list[Transfer], whole: list[Record]) -> None:
+        """Give back the room of what was not written, so that a full disk gets its bytes back."""
+        end = max((record.end for record in whole), default=placed[0].record.offset)
+        try:
+            segment.rewind(end)
+            for record in {t.record for t in placed if t.record.end <= end} - set(whole):
+                segment.erase(record)
+        except OSError as error:
+            log.warning("could not undo a failed write (%s): the next start's scan will", error.strerror)
+
+    # -- segments --------------------------------------------------------------------------------------------------
+
+    def _fits(self, segment: Segment, nbytes: int, records: int = 1) -> bool:
+        needed = segment.end + nbytes + footer_bytes(len(segment.records) + records)
+        return needed <= self._options.segment_size
+
+    def _room_for(self, nbytes: int) -> Segment:
+        """A segment that takes a record of `nbytes`, within the capacity."""
+        if self._active is None or not self._fits(self._active, nbytes):
+            self._roll()
+        assert self._active is not None
+        while not self._within_capacity():
+            self._reclaim(self._active)
+            if not self._fits(self._active, nbytes):
+                self._roll()
+        return self._active
+
+    def _roll(self) -> None:
+        if self._active is not None:
+            self.seal(self._active)
+            self._active = None
+        segment = Segment(self._folder, next(self._number), direct=self._options.direct, create=True)
+        with self._catalog.lock:
+            self._catalog.segments[segment.number] = segment
+        self._active = segment
+
+    def _sealed(self) -> list[Segment]:
+        with self._catalog.lock:
+            return [segment for segment in self._catalog.segments.values() if segment is not self._active]
+
+    def _within_capacity(self) -> bool:
+        """With the active segment full, and another one begun while this one's successor is made room for."""
+        used = sum(segment.end + footer_bytes(len(segment.records)) for segment in self._sealed())
+        return used + 2 * self._options.segment_size <= self._options.capacity_bytes
+
+    def seal(self, segment: Segment) -> None:
+        """Write the segment's footer. Blocks that leave while it is written are marked afterwards."""
+        states = self._catalog.states(segment)
+        tail = segment.write_footer(states)
+        with self._catalog.lock:
+            segment.tail = tail
+            now = self._catalog.states(segment)
+        for record, before, after in zip(segment.records, states, now, strict=True):
+            if before != after:
+                segment.erase(record)
+        if self._options.fsync_on_seal:
+            segment.sync()
+            self._folder.sync()
+
+    def close(self) -> None:
+        if self._active is not None and self._active.records:
+            self.seal(self._active)
+        self._active = None
+
+    # -- room ------------------------------------------------------------------------------------------------------
+
+    def _reclaim(self, active: Segment) -> None:
+        """One step towards room: a segment goes, or a block does."""
+        victim = min(self._sealed(), key=lambda segment: segment.live_ratio)
+        live = self._catalog.live_records(victim)
+        if victim.live_ratio <= COMPACT_BELOW and self._fits(active, victim.live_bytes, len(live)):
+            self._compact(victim, live, active)
+            return
+        evicted = self._catalog.evict(self._may_leave)
+        if evicted is None:
+            raise OSError(errno.ENOSPC, "every block of the tier is pinned")
+        self.erase(evicted)
+
+    def _compact(self, victim: Segment, live: list[Record], active: Segment) -> None:
+        """Copy what lives to the end of the log, then delete the file. Dying between leaves each block twice: the
+        higher sequence counts."""
+        began = time.perf_counter()
+        for run in runs([Transfer(record, aligned(record.length)[: record.length]) for record in live]):
+            self._copy_run(run, victim, active)
+        self._catalog.retire(victim)
+        self._folder.unlink(victim.number)
+        self._observer.moved("compact", sum(record.length for record in live), time.perf_counter() - began)
+
+    def _copy_run(self, run: list[Transfer], victim: Segment, active: Segment) -> None:
+        good = []
+        for transfer, invalid in zip(run, victim.read(run), strict=True):
+            if invalid is None:
+                good.append((transfer.record, self._append(active, transfer.record.id, transfer.data)))
+            elif self._catalog.drop(transfer.record, Gone.CORRUPT):
+                self._observer.corrupt(transfer.record.id, invalid.reason)
+        if not good:
+            return
+        whole, error = self._write_runs(active, [copy for _, copy in good])
+        kept = set(whole)
+        for old, copy in good:
+            if copy.record in kept and not self._catalog.move(old, copy.record):
+                self.erase(copy.record)
+        if error is not None:
+            raise error
+
+    def erase(self, record: Record) -> None:
+        """Void a record that left the books; on a disk that refuses, it may come back with the next start."""
+        segment = self._catalog.hold(record)
+        if segment is None:
+            return
+        try:
+            segment.erase(record)
+        except OSError as error:
+            log.warning("a block that left could not be erased (%s)", error.strerror)
+        finally:
+            self._catalog.release(segment)
+
+
+def _attempt(segment: Segment, run: list[Transfer]) -> OSError | None:
+    try:
+        segment.write(run)
+    except OSError as error:
+        return error
+    return None
