@@ -30,9 +30,14 @@ def tenant_salt(server_secret: bytes, tenant: str) -> bytes:
     return hmac.digest(server_secret, tenant.encode(), "sha256")
 
 
-def root_key(model_revision: str, tokenizer_id: str, lora: str, tenant_salt: bytes) -> bytes:
-    """First link of the chain, 16 bytes. Each field is hashed with its length, so no two tuples read alike."""
-    digest = hashlib.sha256(b"pdserve block key 1")
+def root_key(
+    model_revision: str, tokenizer_id: str, lora: str, tenant_salt: bytes, *, deterministic: bool = False
+) -> bytes:
+    """First link of the chain, 16 bytes. Each field is hashed with its length, so no two tuples read alike.
+
+    Deterministic requests have a chain of their own: the batch-invariant kernels give KV with other bits.
+    """
+    digest = hashlib.sha256(b"pdserve block key 1" + (b" deterministic" if deterministic else b""))
     for field in (model_revision.encode(), tokenizer_id.encode(), lora.encode(), tenant_salt):
         digest.update(len(field).to_bytes(4, "little"))
         digest.update(field)

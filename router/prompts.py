@@ -36,13 +36,13 @@ class PromptMaker:
         self._secret = secret
         self._seeds = random.Random()
         """Seeded by the operating system: drawn seeds differ between routers and runs."""
-        self._roots: dict[tuple[str, str, str], bytes] = {}
+        self._roots: dict[tuple[str, str, str, bool], bytes] = {}
 
     def request(self, incoming: Incoming, bounds: Bounds) -> Request:
         """Raises `InvalidRequest`, `ContextLengthExceeded`, `NotSupported`."""
         token_ids = self._tokenise(incoming, bounds.model.vocab_size)
         params = self._resolve(incoming.params, len(token_ids), bounds)
-        root = self._root(bounds.model, incoming.cache_salt)
+        root = self._root(bounds.model, incoming.cache_salt, incoming.deterministic)
         return Request(
             request_id=incoming.request_id,
             model=bounds.model.name,
@@ -97,16 +97,17 @@ class PromptMaker:
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(SEED_BITS)
         return replace(params, max_tokens=max_tokens, seed=seed)
 
-    def _root(self, model: ModelInfo, cache_salt: str) -> bytes:
+    def _root(self, model: ModelInfo, cache_salt: str, deterministic: bool) -> bytes:
         if cache_salt:
-            return self._make_root(model, cache_salt)
-        key = (model.name, model.revision, model.tokenizer_id)
+            return self._make_root(model, cache_salt, deterministic)
+        key = (model.name, model.revision, model.tokenizer_id, deterministic)
         if key not in self._roots:
-            self._roots[key] = self._make_root(model, "")
+            self._roots[key] = self._make_root(model, "", deterministic)
         return self._roots[key]
 
-    def _make_root(self, model: ModelInfo, cache_salt: str) -> bytes:
-        return root_key(model.revision, model.tokenizer_id, "", tenant_salt(self._secret, cache_salt))
+    def _make_root(self, model: ModelInfo, cache_salt: str, deterministic: bool) -> bytes:
+        salt = tenant_salt(self._secret, cache_salt)
+        return root_key(model.revision, model.tokenizer_id, "", salt, deterministic=deterministic)
 
 
 def _as_mapping(message: ChatMessage) -> dict[str, object]:

@@ -314,3 +314,16 @@ async def test_the_clients_own_timeout_frees_both_workers(client: openai.AsyncOp
         )
     answer = await client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, max_tokens=8)
     assert answer.choices[0].message.content
+
+
+async def test_deterministic_requests_share_no_kv_with_ordinary_ones(client: openai.AsyncOpenAI) -> None:
+    """Their kernels give other bits, so a shared block would undo the promise."""
+    ask: Any = {"model": MODEL, "prompt": "a chain of their own " * 40, "max_tokens": 2, "temperature": 0}
+    cached = []
+    for extra in ({}, {"deterministic": True}, {"deterministic": True}):
+        usage = (await client.completions.create(**ask, extra_body=extra)).usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        cached.append(usage.prompt_tokens_details.cached_tokens)
+    assert cached[1] == 0
+    assert cached[2] > 0
