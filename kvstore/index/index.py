@@ -135,14 +135,17 @@ class KVIndex:
 
     def position(self, name: str) -> tuple[int, int, int] | None:
         """(incarnation, last event applied, epoch) of a live node. The epoch changes when its entries were replaced."""
+        self._expire_if_due()
         node = self._nodes.get(name)
         return (node.incarnation, node.sequence, node.epoch) if node and node.state is State.LIVE else None
 
     def live_nodes(self) -> list[str]:
+        self._expire_if_due()
         return [name for name, node in self._nodes.items() if node.state is State.LIVE]
 
     def awaiting(self) -> list[tuple[str, int]]:
         """(node, incarnation) of those whose snapshot is wanted: ask them again now and then."""
+        self._expire_if_due()
         return [(name, node.incarnation) for name, node in self._nodes.items() if node.state is State.WAITING]
 
     # What happens
