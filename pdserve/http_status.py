@@ -1,4 +1,4 @@
-"""`/healthz`, `/readyz` and `/metrics` over plain HTTP: what kubelet and Prometheus ask of a worker or a store, no more.
+"""`/healthz`, `/readyz` and `/metrics` over plain HTTP: what kubelet and Prometheus ask of a worker or a store.
 
 The router has a real HTTP stack; this is a dozen lines over `asyncio.start_server`, one answer a connection.
 """

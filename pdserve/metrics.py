@@ -1,7 +1,7 @@
 """Every Prometheus metric, declared once.
 
 Names are vLLM's where vLLM has one (`vllm:...`, label `model_name`), else they start with `pdserve_`. A process makes
-one of the two classes over its own registry; nothing is global. Labels are bound once (`.labels(...)` outside the hot
+one of these classes over its own registry; nothing is global. Labels are bound once (`.labels(...)` outside the hot
 path), and counters on the hot path are raised once a step, not once a token.
 """
 
@@ -17,6 +17,7 @@ LATENCY_BUCKETS_S = (
 )  # fmt: skip
 """vLLM's time-to-first-token buckets, with finer steps around the usual SLO limits (0.2, 0.5, 1, 2 s)."""
 ITL_BUCKETS_S = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
+STORE_BUCKETS_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 TOKEN_BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 
@@ -117,4 +118,38 @@ class RouterMetrics:
         )
         self.placements = Counter(
             "pdserve_placements", "Requests placed, by worker and role.", ("worker_id", "role"), registry=registry
+        )
+
+
+class KvstoreMetrics:
+    """What a node's KV store counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"pdserve_kvstore_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"pdserve_kvstore_{name}", text, labels, registry=registry)
+
+        self.lookup_blocks = counter("lookup_blocks", "Blocks asked for.")
+        self.hit_blocks = counter("hit_blocks", "Blocks found, by tier.", "tier")
+        self.bytes = counter(
+            "bytes", "Bytes stored (write) and promoted or leased (read), by tier.", "tier", "direction"
+        )
+        self.evictions = counter("evictions", "Blocks that left a tier, by reason.", "tier", "reason")
+        self.integrity_failures = counter("integrity_failures", "Blocks whose bytes were wrong, by tier.", "tier")
+        self.demotion_failures = counter("demotion_failures", "Blocks that the disk could not take.")
+        self.quota_refusals = counter("quota_refusals", "Reservations refused for a tenant's quota.")
+        self.lapsed = counter("lapsed", "Holds that ended by time, by kind.", "kind")
+        self.blocks = gauge("blocks", "Blocks of the DRAM pool, by state.", "state")
+        self.leases = gauge("leases", "Leases of readers.")
+        self.reservations = gauge("reservations", "Reservations of writers, lapsed ones included.")
+        self.largest_free_run = gauge("largest_free_run_blocks", "Longest run of free blocks.")
+        self.attached = gauge("attached", "Clients attached.")
+        self.seconds = Histogram(
+            "pdserve_kvstore_seconds",
+            "Duration of an operation, by kind.",
+            ("operation",),
+            registry=registry,
+            buckets=STORE_BUCKETS_S,
         )
