@@ -63,9 +63,7 @@ def alter(data: bytearray, how: str, rng: random.Random) -> None:
 HOW = st.sampled_from(["flip", "flip", "zero", "noise", "truncate", "grow", "swap", "shift"])
 
 
-@settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
-)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(damage=st.lists(st.tuples(st.integers(0, 2), HOW), min_size=1, max_size=6), seed=st.integers(0, 2**32))
 def test_damaged_files_serve_right_bytes_or_none(written: Path, damage: list[tuple[int, str]], seed: int) -> None:
     rng = random.Random(seed)
