@@ -2,8 +2,8 @@
 
     make bench-peers && .venv/bin/python benchmarks/router.py --json
 
-Every router stands before a fleet of fake engines with equal timing: ours before 2 prefill + 2 decode workers that run
-the sim engine, the peers before fake OpenAI workers (tools/fakew.c). One load generator (tools/lg.c) drives all,
+Every router stands before a fleet of fake engines with equal timing: ours before 2 prefill + 2 decode fakes that speak
+its session protocol (tools/fake_fleet.py), the peers before fake OpenAI workers (tools/fakew.c). One load generator (tools/lg.c) drives all,
 peer after peer, round after round; figures are medians over the rounds. CPU is that of the router's processes, from
 /proc: on shared machines it is steadier than any rate. Both sides of every connection have TCP_NODELAY or quick acks
 (QA=1), so that peers which forget TCP_NODELAY are not charged with 40 ms stalls.
@@ -12,7 +12,6 @@ peer after peer, round after round; figures are medians over the rounds. CPU is 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import os
@@ -29,8 +28,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from pdserve_cli.cluster import Cluster, ClusterSpec
+from typing import Any
 
 HERE = Path(__file__).parent
 BIN = HERE / "bin"
@@ -205,26 +203,42 @@ def _wait_healthy(port: int, name: str) -> None:
     raise SystemExit(f"{name} does not answer")
 
 
-def ours(load: Load) -> ClusterSpec:
-    """2P2D on the sim engine, with the same pauses as the fake workers."""
-    timing = {
-        "sim.timing": "fixed",
-        "sim.prefill_ms": load.ttft_us / 1000,
-        "sim.decode_ms": load.itl_us / 1000,
-    }
-    return ClusterSpec(
-        prefill=2,
-        decode=2,
-        engine="sim",
-        worker={
-            **timing,
-            "num_blocks": 65536,
-            "max_num_seqs": 512,
-            "max_num_batched_tokens": 65536,
-            "chunk_tokens": 16384,
-        },
-        router={"aliases": {"smol": "smollm2-135m"}},
-    )
+@contextlib.contextmanager
+def ours(load: Load, folder: Path) -> Iterator[Peer]:
+    """Our router process before 2 prefill + 2 decode fakes, with the same pauses as the peers' fake workers."""
+    fleet = [sys.executable, str(HERE / "tools" / "fake_fleet.py"), "2", "2"]
+    fleet += [str(load.ttft_us / 1000), str(load.itl_us / 1000)]
+    with announced(fleet, folder / "fleet.log") as (_, workers):
+        router = [
+            sys.executable,
+            "-m",
+            "router",
+            "--set",
+            "http_listen=127.0.0.1:0",
+            "--set",
+            "grpc_listen=127.0.0.1:0",
+        ]
+        router += ["--set", f"workers={json.dumps(workers['addresses'])}", "--set", "aliases.smol=smollm2-135m"]
+        with announced(router, folder / "router.log") as (process, ready):
+            port = int(ready["http_port"])
+            _wait_healthy(port, "pdserve")
+            yield Peer("pdserve", port, [process.pid])
+
+
+@contextlib.contextmanager
+def announced(command: list[str], log: Path) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, Any]]]:
+    """A process of ours, and its ready line."""
+    with log.open("wb") as sink:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sink, cwd=HERE.parent)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{command[1:3]} did not start: {log.read_text()[-2000:]}")
+        yield process, json.loads(line)
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 def drive(peer: Peer, load: Load, body: Path) -> None:
@@ -239,19 +253,17 @@ def drive(peer: Peer, load: Load, body: Path) -> None:
     print(f"{load.name:<10} {peer.name:<10} {result.stdout.strip()}{result.stderr.strip()}", file=sys.stderr)
 
 
-async def measure(load: Load, rounds: int, folder: Path) -> dict[str, dict[str, float]]:
+def measure(load: Load, rounds: int, folder: Path) -> dict[str, dict[str, float]]:
     """Medians by peer, the peers interleaved round by round."""
     body = folder / "body.json"
     body.write_text(
         next_turn_body() if load.body == "next_turn" else (HERE / "bodies" / f"{load.body}.json").read_text()
     )
-    async with Cluster(ours(load)) as cluster:
-        with peers(load, folder) as others:
-            mine = Peer("pdserve", cluster.router.ready["http_port"], [cluster.router.process.pid])
-            for _ in range(rounds):
-                for peer in (mine, *others):
-                    await asyncio.to_thread(drive, peer, load, body)
-            return {peer.name: _medians(peer, load) for peer in (mine, *others)}
+    with ours(load, folder) as mine, peers(load, folder) as others:
+        for _ in range(rounds):
+            for peer in (mine, *others):
+                drive(peer, load, body)
+        return {peer.name: _medians(peer, load) for peer in (mine, *others)}
 
 
 def _medians(peer: Peer, load: Load) -> dict[str, float]:
@@ -261,13 +273,13 @@ def _medians(peer: Peer, load: Load) -> dict[str, float]:
     return {**found, "rss_mb": rss_mb(peer.pids)}
 
 
-async def run(arguments: argparse.Namespace) -> dict[str, object]:
+def run(arguments: argparse.Namespace) -> dict[str, object]:
     table: dict[str, dict[str, dict[str, float]]] = {}
     for load in loads(arguments.quick):
         if arguments.only and load.name not in arguments.only:
             continue
         with tempfile.TemporaryDirectory(prefix="bench-router-") as folder:
-            table[load.name] = await measure(load, arguments.rounds, Path(folder))
+            table[load.name] = measure(load, arguments.rounds, Path(folder))
     return report(table)
 
 
@@ -293,7 +305,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (BIN / "lg").exists():
         raise SystemExit("run `make bench-peers` first")
-    result = asyncio.run(run(arguments))
+    result = run(arguments)
     print(json.dumps(result, indent=None if arguments.json else 2))
 
 
