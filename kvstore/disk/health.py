@@ -47,9 +47,14 @@ class Health:
         text = f"the disk tier is off ({what}): check the folder and the disk"
         return DiskState.OFF, DiskError(text, retry_after_s=self._retry_s)
 
+    @property
+    def ready(self) -> bool:
+        """Well, or due for another try."""
+        return self._error is None or self._clock() >= self._retry_at
+
     def gate(self) -> None:
         """Raises the standing error until it is time to try again."""
-        if self._error is not None and self._clock() < self._retry_at:
+        if self._error is not None and not self.ready:
             raise type(self._error)(self._error.message, retry_after_s=self._retry_at - self._clock())
 
     def well(self) -> None:

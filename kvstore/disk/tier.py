@@ -105,6 +105,12 @@ class DiskTier:
     def health(self) -> DiskHealth:
         return self._health.now
 
+    @property
+    def ready(self) -> bool:
+        """Whether a put would be tried now. A tier that is not ON gets well by a put, once `retry_s` has passed: so
+        ask this before a demotion, not `health`."""
+        return not self._closed and self._health.ready
+
     def stats(self) -> DiskStats:
         with self._catalog.lock:
             segments = list(self._catalog.segments.values())

@@ -72,9 +72,11 @@ def test_a_full_disk_refuses_puts_serves_on_and_recovers(small_disk: Path, direc
     assert len(kept) == len(tier)
     tier.check_integrity()
     ballast.unlink()
+    assert not tier.ready
     with pytest.raises(DiskFull):  # not tried again so soon
         put(tier, range(100, 110))
     clock.now = 5.0
+    assert tier.ready
     assert put(tier, range(100, 110)) == 10
     assert tier.health.state is DiskState.ON
     assert [health.state for health in recorder.states] == [DiskState.READ_ONLY, DiskState.ON]
