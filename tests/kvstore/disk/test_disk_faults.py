@@ -230,6 +230,24 @@ def test_a_segment_that_is_no_file_is_stepped_over(tmp_path: Path) -> None:
 # -- records --------------------------------------------------------------------------------------------------------
 
 
+def test_a_record_torn_by_a_crash_is_not_even_listed(tmp_path: Path) -> None:
+    """Its header came through, the end of its payload did not; the records after it did."""
+    tier = DiskTier(tmp_path / "alive", options())
+    put(tier, range(6))
+    shutil.copytree(tmp_path / "alive", tmp_path / "dead")
+    tier.close()
+    [path] = files(tmp_path / "dead")
+    data = bytearray(path.read_bytes())
+    data[2 * RECORD + PAGE + 5000 : 3 * RECORD] = bytes(RECORD - PAGE - 5000)
+    path.write_bytes(data[: 6 * RECORD - PAGE])
+    recorder = Recorder()
+    again = DiskTier(tmp_path / "dead", options(), observer=recorder)
+    assert {n for n in range(6) if block_id(n) in again} == {0, 1, 3, 4}
+    assert recorder.corrupt_reasons == ["payload_digest", "truncated"]
+    assert all(served(again, n) for n in (0, 1, 3, 4))
+    again.close()
+
+
 def test_each_flipped_byte_of_a_header_and_of_a_payload_is_caught(tmp_path: Path) -> None:
     """While the tier is open: the read finds it, drops the record, and says so."""
     offsets = [*range(HEADER_BYTES), *range(PAGE, PAGE + BLOCK, 97), PAGE + BLOCK - 1]

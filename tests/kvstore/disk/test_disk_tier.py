@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 from disk_blocks import BLOCK, Recorder, block_id, content, files, options, put, served
 
 from kvstore.disk import DiskOptions, DiskState, DiskTier
+from kvstore.disk.footer import Tail
+from kvstore.disk.segment import Segment
 from kvstore.types import BlockId
 from pdserve.errors import ConfigError, DiskError
 
@@ -193,6 +196,34 @@ def test_compaction_keeps_what_lives(tmp_path: Path, direct: bool) -> None:
     again = DiskTier(tmp_path, options(capacity=1 << 21, direct=direct))
     assert all(served(again, n) for n in (*range(0, 60, 3), *range(100, 160)))
     again.close()
+
+
+def test_a_block_removed_while_its_segment_is_sealed_stays_removed(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, options())
+    put(tier, range(4))
+
+    class Sealing(Segment):
+        def write_footer(self, states: bytes) -> Tail:
+            tail = super().write_footer(states)
+            tier.remove(block_id(2))
+            return tail
+
+    [segment] = tier._catalog.segments.values()
+    segment.__class__ = Sealing
+    tier.close()
+    again = DiskTier(tmp_path, options())
+    assert {n for n in range(4) if block_id(n) in again} == {0, 1, 3}
+    again.close()
+
+
+def test_files_are_closed_when_segments_go(tmp_path: Path, direct: bool) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    tier = DiskTier(tmp_path, options(capacity=1 << 21, direct=direct))
+    put(tier, range(600))
+    opened = len(os.listdir("/proc/self/fd")) - before
+    assert opened <= 1 + (2 if direct else 1) * len(files(tmp_path))
+    tier.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_pinned_blocks_do_not_leave(tmp_path: Path) -> None:
