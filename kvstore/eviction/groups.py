@@ -16,7 +16,7 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 from kvstore.eviction.base import Allowed, Key, require
-from kvstore.eviction.reuse import BINS, EDGES_S
+from kvstore.eviction.reuse import BINS, EDGES_S, bin_of
 
 MIN_GHOSTS = 65_536
 """Some 10 MB. A small pool turns over faster than people answer: it learns from ghosts alone."""
@@ -119,12 +119,15 @@ class Groups:
         queue = self._live[kind][age_bin]
         while queue:
             group = next(iter(queue))
-            place = next((i for i in range(len(group.keys) - 1, -1, -1) if allowed(group.keys[i])), None)
-            if place is None:
+            keys = group.keys
+            kept = len(keys)
+            while kept and not allowed(keys[kept - 1]):
+                kept -= 1
+            if not kept:
                 self._hold(group)
                 continue
-            if place < len(group.keys) - 1:
-                self._hold(self._split(group, place + 1))
+            if kept < len(keys):
+                self._hold(self._split(group, kept))
             return self._bury_last(group)
         return None
 
@@ -146,22 +149,23 @@ class Groups:
             self._split(group, 1)
         self._drop(group)
 
-    def grow_older(self, now: float, passed: Callable[[int, int, int], None]) -> None:
-        """Moves groups to the bin of their age; `passed(kind, bin, blocks)` for each bin that they leave.
+    def grow_older(self, now: float, passed: Callable[[int, int, int, int], None]) -> None:
+        """Moves groups to the bin of their age; `passed(kind, from, to, blocks)` for those that move.
 
-        A group moves at most once a bin, and only heads of queues are looked at.
+        Only heads of queues are looked at. Old bins come first, so that each queue stays in order of age.
         """
-        for kind, age_bin in ((k, b) for k in range(len(self._live)) for b in range(BINS - 1)):
-            for queues in (self._live, self._dead):
-                queue, older = queues[kind][age_bin], queues[kind][age_bin + 1]
+        for kind, age_bin in ((k, b) for k in range(len(self._live)) for b in reversed(range(BINS - 1))):
+            for queues in (self._live[kind], self._dead[kind]):
+                queue = queues[age_bin]
                 while queue:
                     group = next(iter(queue))
-                    if now - group.touched_s < EDGES_S[age_bin + 1]:
+                    age_s = now - group.touched_s
+                    if age_s < EDGES_S[age_bin + 1]:
                         break
                     del queue[group]
-                    older[group] = None
-                    group.age_bin = age_bin + 1
-                    passed(kind, age_bin, len(group))
+                    group.age_bin = bin_of(age_s)
+                    queues[group.age_bin][group] = None
+                    passed(kind, age_bin, group.age_bin, len(group))
 
     def waiting(self) -> list[tuple[int, int]]:
         """(kind, age bin) of the queues that have a key to give."""

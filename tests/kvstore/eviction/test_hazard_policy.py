@@ -154,7 +154,7 @@ def test_integrity_check_sees_books_that_disagree():
 
 
 def test_a_table_without_counts_gives_the_prior_falling_with_age():
-    hazards = ReuseTable(kinds=3).hazards()
+    hazards = ReuseTable([2, 1]).hazards()
     assert hazards.shape == (3, BINS)
     assert np.all(np.diff(hazards, axis=1) < 0)
     assert np.allclose(hazards, hazards[0])
@@ -162,13 +162,13 @@ def test_a_table_without_counts_gives_the_prior_falling_with_age():
 
 def test_a_table_finds_the_hazards_that_made_its_counts():
     """100,000 blocks of a kind with a constant hazard of .01 / s, beside a kind that never comes back."""
-    table, alive = ReuseTable(kinds=2), 100_000.0
+    table, alive = ReuseTable([1, 1]), 100_000.0
     for age_bin in range(bin_of(300.0)):
         width = EDGES_S[age_bin + 1] - EDGES_S[age_bin]
         reused = alive * -np.expm1(-0.01 * width)
         table._exposure_s[0][age_bin] += reused / 0.01
         table._reuses[0][age_bin] += reused
-        table.passed(1, age_bin, 100_000)
+        table.passed(1, age_bin, age_bin + 1, 100_000)
         alive -= reused
     hazards, values = table.hazards(), table.values()
     known = slice(4, bin_of(200.0))
@@ -180,9 +180,9 @@ def test_a_table_finds_the_hazards_that_made_its_counts():
 
 def test_the_value_of_a_block_looks_past_ages_at_which_nothing_comes_back():
     """Nobody answers within 20 s, then many do: a young block is worth more than its hazard now."""
-    table = ReuseTable(kinds=1)
+    table = ReuseTable([1])
     for age_bin in range(bin_of(300.0)):
-        table.passed(0, age_bin, 10_000)
+        table.passed(0, age_bin, age_bin + 1, 10_000)
         if EDGES_S[age_bin] > 20.0:
             table.reused(0, age_bin, 1_000)
     hazards, values = table.hazards()[0], table.values()[0]
@@ -191,7 +191,7 @@ def test_the_value_of_a_block_looks_past_ages_at_which_nothing_comes_back():
 
 
 def test_counts_fade():
-    table = ReuseTable(kinds=1)
+    table = ReuseTable([1])
     table.reused(0, 5, 100_000)
     before = table.hazards()[0, 5]
     table.fade(24 * 3600.0)
