@@ -57,7 +57,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"the model's chat template is not valid Jinja: {error}", key="model") from error
-        self._special_tokens = dict(special_tokens)
+        self._always = {**self._template.globals, **special_tokens}
 
     def render(
         self,
@@ -72,9 +72,12 @@ class ChatTemplate:
         if not messages:
             raise InvalidRequest("messages must not be empty", param="messages")
         plain = [_with_plain_content(message, index) for index, message in enumerate(messages)]
-        values = {**self._special_tokens, **variables, "messages": plain, "tools": tools}
+        values = {**self._always, **variables, "messages": plain, "tools": tools}
+        values["add_generation_prompt"] = add_generation_prompt
         try:
-            return self._template.render(values, add_generation_prompt=add_generation_prompt)
+            # What `Template.render` does, less the copies it makes of the globals: half of a short prompt's cost.
+            context = self._template.new_context(values, shared=True)
+            return "".join(self._template.root_render_func(context))
         except _RENDER_ERRORS as error:
             raise InvalidRequest(
                 f"the model's chat template does not accept these messages: {error}", param="messages"

@@ -19,6 +19,9 @@ from pdserve.logs import set_up_logs
 from router.app import Router
 
 EXIT_CONFIG = 2
+GC_THRESHOLD = 20_000
+"""Objects between two collections of the young. A request makes some hundred and frees them by count, but for a cycle
+or two: Python's 700 would look through every request under way several times in each one's life."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,6 +93,7 @@ async def _drain(router: Router, signals: asyncio.Queue[signal.Signals]) -> None
 def _announce(router: Router) -> None:
     gc.collect()
     gc.freeze()  # tokenizer tables and code stay: later collections need not look at them
+    gc.set_threshold(GC_THRESHOLD)
     ready = {"event": "ready", "http_port": router.http_port, "grpc_port": router.grpc_port, "pid": os.getpid()}
     sys.stdout.write(json.dumps(ready) + "\n")
     sys.stdout.flush()
