@@ -27,6 +27,7 @@ class Writers:
 
     def __init__(self) -> None:
         script = Path(__file__).with_name("disk_writer_process.py")
+        self._writer: int | None = None
         root = str(Path(__file__).parents[3])
         self._process = subprocess.Popen(
             [sys.executable, script],
@@ -35,20 +36,24 @@ class Writers:
             env=os.environ | {"PYTHONPATH": root},
         )
 
-    def start(self, folder: Path, seed: int, capacity: int, mode: str) -> int:
-        """Returns the writer's process id once its tier is open."""
+    def start(self, folder: Path, seed: int, capacity: int, mode: str) -> None:
+        """Returns once the writer's tier is open."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{folder} {seed} {capacity} {mode}\n".encode())
         self._process.stdin.flush()
         word, pid = self.read()
         assert word == "pid"
-        return int(pid)
+        self._writer = int(pid)
 
     def read(self) -> list[str]:
         assert self._process.stdout is not None
         return self._process.stdout.readline().decode().split()
 
-    def read_until_dead(self) -> list[list[str]]:
+    def kill(self) -> list[list[str]]:
+        """Ends the writer; returns what it said that was not read yet."""
+        assert self._writer is not None
+        os.kill(self._writer, signal.SIGKILL)
+        self._writer = None
         lines = []
         while (line := self.read()) != ["dead"]:
             assert line, "the writers' process died"
@@ -56,6 +61,8 @@ class Writers:
         return lines
 
     def close(self) -> None:
+        if self._writer is not None:
+            self.kill()
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
@@ -71,13 +78,12 @@ def writers() -> Iterator[Writers]:
 def run_and_kill(writers: Writers, folder: Path, seed: int, capacity: int, mode: str) -> tuple[set[int], set[int]]:
     """A writer's life up to a random moment: the blocks it stored, and those it removed, as far as it said so."""
     rng = random.Random(seed)
-    pid = writers.start(folder, seed, capacity, mode)
+    writers.start(folder, seed, capacity, mode)
     said = [writers.read() for _ in range(rng.randint(1, 30))]
     moment = time.perf_counter() + rng.random() * 0.004
     while time.perf_counter() < moment:
         pass
-    os.kill(pid, signal.SIGKILL)
-    said += writers.read_until_dead()
+    said += writers.kill()
     stored = {int(n) for words in said if words[0] == "put" for n in words[1:]}
     removed = {int(words[1]) for words in said if words[0] == "removed"}
     return stored, removed
@@ -113,11 +119,10 @@ def test_after_a_kill_everything_served_is_right(
 
 
 def test_two_processes_do_not_share_a_folder(writers: Writers, tmp_path: Path) -> None:
-    pid = writers.start(tmp_path, 1, 1 << 24, "buffered")
+    writers.start(tmp_path, 1, 1 << 24, "buffered")
     with pytest.raises(ConfigError, match="in use by another process"):
         DiskTier(tmp_path, options())
-    os.kill(pid, signal.SIGKILL)
-    writers.read_until_dead()
+    writers.kill()
     DiskTier(tmp_path, options()).close()
 
 

@@ -314,12 +314,14 @@ def test_verify_finds_and_drops_what_is_corrupt(tmp_path: Path) -> None:
 
 
 def test_a_file_cut_while_open_loses_only_its_tail(tmp_path: Path) -> None:
-    tier = DiskTier(tmp_path, options())
+    recorder = Recorder()
+    tier = DiskTier(tmp_path, options(), observer=recorder)
     put(tier, range(10))
     os.truncate(files(tmp_path)[0], 6 * RECORD + 5000)
     reads = tier.get_many([block_id(n) for n in range(10)], [np.zeros(BLOCK, dtype=np.uint8) for _ in range(10)])
     assert reads.found == (True,) * 6 + (False,) * 4
     assert len(reads.errors) == 4
+    assert recorder.corrupt_reasons == ["truncated"] * 4
     tier.close()
 
 

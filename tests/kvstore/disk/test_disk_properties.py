@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import tempfile
@@ -202,7 +203,9 @@ class DiskMachine(RuleBasedStateMachine):
             return
         assert set(self.tier.ids()) == set(self.model)
         self.tier.check_integrity()
-        assert sum(path.stat().st_size for path in files(self.root / str(self.lives))) <= 1 << 19
+        sizes = [path.stat().st_size for path in files(self.root / str(self.lives))]
+        assert sum(sizes) <= 1 << 19
+        assert max(sizes, default=0) <= 1 << 17
 
     def teardown(self) -> None:
         if hasattr(self, "tier"):
@@ -217,6 +220,7 @@ test_against_a_dictionary = DiskMachine.TestCase
 @pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
 def test_readers_writers_removers_and_compaction_at_once(tmp_path: Path, direct: bool) -> None:
     """Small enough that blocks leave and segments are compacted all the time."""
+    before = len(os.listdir("/proc/self/fd"))
     tier = DiskTier(tmp_path, options(capacity=1 << 20, direct=direct))
     written = threading.Event()
 
@@ -243,6 +247,7 @@ def test_readers_writers_removers_and_compaction_at_once(tmp_path: Path, direct:
     tier.check_integrity()
     left = set(tier.ids())
     tier.close()
+    assert len(os.listdir("/proc/self/fd")) == before
     again = DiskTier(tmp_path, options(capacity=1 << 20, direct=direct))
     assert set(again.ids()) == left
     assert sum(served(again, n) for n in range(80)) == len(left)
@@ -259,6 +264,7 @@ def read_some(tier: DiskTier, ns: Sequence[int]) -> None:
 
 
 def test_closing_under_readers_serves_right_bytes_or_none(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
     for attempt in range(10):
         tier = DiskTier(tmp_path / str(attempt), options())
         put(tier, range(30))
@@ -275,3 +281,4 @@ def test_closing_under_readers_serves_right_bytes_or_none(tmp_path: Path) -> Non
             tier.close()
             for future in readers:
                 future.result()
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -12,6 +12,7 @@ from disk_blocks import BLOCK, Recorder, block_id, content, files, options, put,
 
 from kvstore.disk import DiskOptions, DiskState, DiskTier
 from kvstore.disk.footer import Tail
+from kvstore.disk.record import PAGE, record_bytes
 from kvstore.disk.segment import Segment
 from kvstore.types import BlockId
 from pdserve.errors import ConfigError, DiskError
@@ -173,6 +174,7 @@ def test_the_files_never_exceed_the_capacity(tmp_path: Path, direct: bool) -> No
     for start in range(0, 600, 7):
         put(tier, range(start, start + 7))
         assert sum(path.stat().st_size for path in files(tmp_path)) <= 1 << 21
+        assert max(path.stat().st_size for path in files(tmp_path)) <= 1 << 19
     tier.check_integrity()
     assert {reason for _, reason in recorder.removed_ids} == {"evicted"}
     kept = [n for n in range(602) if served(tier, n)]
@@ -196,6 +198,27 @@ def test_compaction_keeps_what_lives(tmp_path: Path, direct: bool) -> None:
     again = DiskTier(tmp_path, options(capacity=1 << 21, direct=direct))
     assert all(served(again, n) for n in (*range(0, 60, 3), *range(100, 160)))
     again.close()
+
+
+def test_compaction_does_not_pass_corrupt_bytes_on(tmp_path: Path) -> None:
+    """The copy gets a digest of its own: so the old one must be checked first."""
+    recorder = Recorder()
+    tier = DiskTier(tmp_path, options(capacity=1 << 21), observer=recorder)
+    put(tier, range(60))
+    for n in range(60):
+        if n % 3:
+            tier.remove(block_id(n))
+    with files(tmp_path)[0].open("r+b") as file:
+        file.seek(3 * record_bytes(BLOCK) + PAGE + 50)
+        file.write(b"altered")
+    put(tier, range(100, 160))
+    assert recorder.bytes["compact"] > 0
+    assert not served(tier, 3)
+    assert recorder.corrupt_reasons == ["payload_digest"]
+    assert (block_id(3), "corrupt") in recorder.removed_ids
+    assert all(served(tier, n) for n in (0, *range(6, 60, 3), *range(100, 160)))
+    tier.check_integrity()
+    tier.close()
 
 
 def test_a_block_removed_while_its_segment_is_sealed_stays_removed(tmp_path: Path) -> None:
