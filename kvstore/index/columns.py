@@ -6,6 +6,7 @@ out again only when no entry has them any more, so an old bit is never read as t
 
 from __future__ import annotations
 
+from kvstore.index.base import Section
 from kvstore.types import Tier
 
 FIRST_BIT = 1
@@ -70,3 +71,14 @@ def iter_bits(mask: int) -> list[int]:
 def iter_columns(bits: int) -> list[int]:
     """Columns all or part of whose bits are set, lowest first."""
     return sorted({bit - (bit - FIRST_BIT) % TIERS for bit in iter_bits(bits)})
+
+
+def sections_of(columns: dict[bytes, int], found: list[tuple[bytes, int]]) -> list[Section]:
+    """What (key, mask) pairs say of one node, whose `columns` are given by fingerprint."""
+    sections = []
+    for fingerprint, column in columns.items():
+        for tier in Tier:
+            keys = b"".join(key for key, mask in found if mask >> (column + tier) & 1)
+            if keys:
+                sections.append(Section(tier, fingerprint, keys))
+    return sections

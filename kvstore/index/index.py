@@ -10,11 +10,12 @@ asked for by the verdict `RESYNC`; `load` brings it. Not thread-safe: it belongs
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 from kvstore.index.audit import Audit, AuditPolicy
 from kvstore.index.base import IndexCounts, NodeReach, NodeSnapshot, Reach, Section, Verdict, split_keys
-from kvstore.index.columns import TIERS, Columns, bits_of, iter_bits
+from kvstore.index.columns import TIERS, Columns, bits_of, iter_bits, sections_of
 from kvstore.index.nodes import Node, State
 from kvstore.index.table import SLICE, USED, BlockTable
 from kvstore.types import KEY_BYTES, EventKind, Place, StoreEvent, Tier
@@ -139,6 +140,11 @@ class KVIndex:
         node = self._nodes.get(name)
         return (node.incarnation, node.sequence, node.epoch) if node and node.state is State.LIVE else None
 
+    def num_nodes(self) -> Counter[State]:
+        """Nodes by state."""
+        self._expire_if_due()
+        return Counter(node.state for node in self._nodes.values())
+
     def live_nodes(self) -> list[str]:
         self._expire_if_due()
         return [name for name, node in self._nodes.items() if node.state is State.LIVE]
@@ -246,7 +252,7 @@ class KVIndex:
         for found in self._table.slices_with(bits):
             if node.epoch != epoch:
                 return
-            yield _sections(node.columns, found)
+            yield sections_of(node.columns, found)
 
     def check_integrity(self) -> None:
         """Linear. Raises `IntegrityError`."""
@@ -389,13 +395,3 @@ class KVIndex:
         if cleared:
             self._buried -= cleared.bit_count()
             self._columns.reclaim(cleared)
-
-
-def _sections(columns: dict[bytes, int], found: list[tuple[bytes, int]]) -> list[Section]:
-    sections = []
-    for fingerprint, column in columns.items():
-        for tier in Tier:
-            keys = b"".join(key for key, mask in found if mask >> (column + tier) & 1)
-            if keys:
-                sections.append(Section(tier, fingerprint, keys))
-    return sections

@@ -33,6 +33,8 @@ MAX_UNWRITTEN_KEYS = 400_000
 """Keys of unwritten events, over all nodes (some 40 MB); a node past its share is published in full instead."""
 KEYS_PER_BATCH = 4096
 """Keys per script call: a few ms of Redis's single thread."""
+MAX_ROUNDS = 64
+"""Script calls for each node in one tick: leases are renewed even when events never pause."""
 READ_AGAIN_S = 1.0
 """How often a node that waits for a snapshot is looked for in Redis."""
 FAILURES = (RedisError, OSError, TimeoutError)
@@ -222,14 +224,15 @@ class RedisIndex:
                 del self._goodbyes[node]
 
     async def _write_events(self) -> None:
-        waiting = {node: box for node, box in self._outboxes.items() if box.events and not box.publish}
-        while waiting:
+        for _ in range(MAX_ROUNDS):
+            waiting = {node: box for node, box in self._outboxes.items() if box.events and not box.publish}
+            if not waiting:
+                return
             batches = [(node, box.incarnation, self._ttl_ms, box.batch()) for node, box in waiting.items()]
             answers = await self._copy.apply(batches)
             for (node, _, _, events), answer in zip(batches, answers, strict=True):
                 self._take_answer(waiting[node], answer)
                 self.counts.events_written += len(events) if answer >= 0 else 0
-            waiting = {node: box for node, box in waiting.items() if box.events and not box.publish}
 
     def _take_answer(self, box: _Outbox, answer: int) -> None:
         if answer == UNKNOWN:

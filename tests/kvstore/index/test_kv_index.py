@@ -2,12 +2,15 @@
 
 import pytest
 from index_model import FP, OTHER_FP, Clock, Node, chain, joined, key, shown, truth
+from prometheus_client import CollectorRegistry
 
 from kvstore.index.audit import AuditPolicy
 from kvstore.index.base import NodeReach, NodeSnapshot, Reach, Section, Verdict
 from kvstore.index.index import MAX_LAYOUTS, MAX_NODES, KVIndex
+from kvstore.index.metrics import IndexCollector
 from kvstore.types import Place, Tier
 from pdserve.errors import InvalidRequest, Overloaded
+from pdserve.metrics import render
 
 
 @pytest.fixture
@@ -381,3 +384,22 @@ def test_floods_of_names_and_layouts_are_refused(index, clock):
 def test_a_torn_section_is_refused():
     with pytest.raises(InvalidRequest):
         Section(Tier.HBM, FP, b"short")
+
+
+def test_size_and_counts_are_shown_to_prometheus(index):
+    registry = CollectorRegistry()
+    registry.register(IndexCollector(index))
+    a = Node("a")
+    joined(index, a)
+    index.apply("a", 1, [a.store([1, 2])])
+    index.renew("b", 1)
+    shown_there = render(registry).decode()
+    for line in (
+        "pdserve_kvindex_entries 2.0",
+        "pdserve_kvindex_max_entries 1000.0",
+        'pdserve_kvindex_nodes{state="live"} 1.0',
+        'pdserve_kvindex_nodes{state="waiting"} 1.0',
+        "pdserve_kvindex_events_total 1.0",
+    ):
+        assert line in shown_there
+    assert "redis" not in shown_there

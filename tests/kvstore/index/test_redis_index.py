@@ -7,15 +7,18 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from index_model import FP, OTHER_FP, Clock, Node, chain, joined, shown, truth
+from prometheus_client import CollectorRegistry
 from redis_process import BINARY, RedisProcess
 
 from kvstore.index import redis_mirror
 from kvstore.index.base import NodeSnapshot, Section, Verdict
 from kvstore.index.index import KVIndex
+from kvstore.index.metrics import IndexCollector
 from kvstore.index.redis_copy import RedisCopy, RedisOptions
 from kvstore.index.redis_mirror import RedisIndex
 from kvstore.index.redis_scripts import OLDER, UNKNOWN
 from kvstore.types import Tier
+from pdserve.metrics import render
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason="no redis-server here: `bash deploy/test-deps.sh` installs it")
 
@@ -189,6 +192,9 @@ async def test_serving_goes_on_without_redis_and_recovers(router, redis, caplog)
         await until(lambda: first.degraded)
         first.apply("a", 1, [a.store([2])])
         assert first.local.match(chain([1, 2]), FP)["a"].hbm == 2
+        registry = CollectorRegistry()
+        registry.register(IndexCollector(first.local, first))
+        assert b"pdserve_kvindex_redis_degraded 1.0" in render(registry)
         failures = first.counts.failures
         await until(lambda: first.counts.failures > failures)
         lonely = await newcomer(router)
@@ -247,6 +253,36 @@ async def test_a_router_that_missed_events_finds_them_in_redis(router):
     assert shown(deaf.local, range(5)) == truth(a)
     await deaf.flush()
     assert deaf.counts.nodes_read == 1, "it waits for nothing now"
+
+
+async def test_events_that_come_while_others_are_written_follow_them(router):
+    first = await router()
+    a = Node("a")
+    joined(first, a)
+    await first.flush()
+    first.apply("a", 1, [a.store([1])])
+    writing = asyncio.create_task(first.flush())
+    for _ in range(20):
+        first.apply("a", 1, [a.store([a.sequence + 1])])
+        await asyncio.sleep(0)
+    await writing
+    await first.flush()
+    assert first.counts.publications == 1
+    assert shown((await newcomer(router)).local, range(1000)) == truth(a)
+
+
+async def test_what_a_copy_lacks_is_added_by_the_router_that_knows_it(router):
+    well, deaf = await router(), await router()
+    a = Node("a")
+    joined(well, a)
+    joined(deaf, a)
+    well.apply("a", 1, [a.store([1])])
+    await well.flush()
+    assert deaf.apply("a", 1, [a.store([2])]) is Verdict.RESYNC
+    await deaf.flush()
+    await deaf.flush()
+    assert shown(deaf.local, range(5)) == truth(a)
+    assert shown((await newcomer(router)).local, range(5)) == truth(a)
 
 
 async def test_a_copy_too_old_does_not_end_the_wait(router):
