@@ -146,6 +146,8 @@ class KvstoreMetrics:
         self.reservations = gauge("reservations", "Reservations of writers, lapsed ones included.")
         self.largest_free_run = gauge("largest_free_run_blocks", "Longest run of free blocks.")
         self.attached = gauge("attached", "Clients attached.")
+        self.disk_blocks = gauge("disk_blocks", "Blocks on disk.")
+        self.disk_state = gauge("disk_state", "0: on, 1: read-only, 2: off.")
         self.seconds = Histogram(
             "pdserve_kvstore_seconds",
             "Duration of an operation, by kind.",

@@ -53,7 +53,7 @@ class DramStore:
         tenants: Tenants | None = None,
         events: EventLog | None = None,
         demote: Demote | None = None,
-        writer_gone: Callable[[str], bool] = lambda client: False,
+        writer_gone: Callable[[str], bool | None] = lambda client: None,
         digest_every: int = 16,
     ) -> None:
         self.pool = pool
@@ -80,9 +80,11 @@ class DramStore:
 
     # ---- readers ----
 
-    def lookup(self, names: Sequence[Name], client: str, *, lease: bool = True, extends: bool = False) -> Hit:
+    def lookup(
+        self, names: Sequence[Name], client: str, *, lease: bool = True, extends: bool = False, count: bool = True
+    ) -> Hit:
         """The longest prefix that is visible, leased to `client`. `extends`: this request was counted as a use of its
-        chain before (see `EvictionPolicy.access`)."""
+        chain before (see `EvictionPolicy.access`). `count`: in the metrics."""
         now = self.expire()
         found: list[Entry] = []
         for name in check_chain(names):
@@ -90,8 +92,9 @@ class DramStore:
             if entry is None:
                 break
             found.append(entry)
-        self._metrics.lookup_blocks.inc(len(names))
-        self._metrics.hit_blocks.labels("dram").inc(len(found))
+        if count:
+            self._metrics.lookup_blocks.inc(len(names))
+            self._metrics.hit_blocks.labels("dram").inc(len(found))
         if not found:
             return Hit(0)
         self._use(found, now, extends)

@@ -30,9 +30,13 @@ class EventLog:
         self.sequence += 1
         event = StoreEvent(self.sequence, kind, tier, tuple(keys), fingerprint, tuple(parents))
         self._events.append(event)
+        self.wake()
+        return event
+
+    def wake(self) -> None:
+        """Have every listener look again."""
         for notify in self._listeners:
             notify()
-        return event
 
     def since(self, sequence: int) -> list[StoreEvent] | None:
         """Events after `sequence`, oldest first; None when the log can't know them all: take a snapshot."""

@@ -2,8 +2,8 @@
 
 Both end by themselves when their client does not come back. A reader that comes late is harmless: generations tell it
 that its blocks were reused. A *writer* that comes late is not: it would write into another's block. So slots of a
-lapsed reservation stay out of use until the writer says that it has stopped, or is seen to be dead, or has been silent
-for very long.
+lapsed reservation stay out of use until the writer says that it has stopped, or is seen to be dead, or, where that
+can't be seen, has been silent for very long.
 """
 
 from __future__ import annotations
@@ -76,10 +76,11 @@ class Leases:
 
 
 class Reservations:
-    """`freed` is called with a reservation whose slots nobody will write any more."""
+    """`freed` is called with a reservation whose slots nobody will write any more; `writer_gone` tells whether a
+    client is dead, None when that can't be seen."""
 
     def __init__(
-        self, limits: Limits, freed: Callable[[Reservation], None], writer_gone: Callable[[str], bool]
+        self, limits: Limits, freed: Callable[[Reservation], None], writer_gone: Callable[[str], bool | None]
     ) -> None:
         self._limits = limits
         self._freed = freed
@@ -131,7 +132,8 @@ class Reservations:
         return lapsed
 
     def _cannot_write(self, reservation: Reservation, now: float) -> bool:
-        return now >= reservation.until + self._limits.abandoned_s or self._writer_gone(reservation.client)
+        gone = self._writer_gone(reservation.client)
+        return now >= reservation.until + self._limits.abandoned_s if gone is None else gone
 
     def _unname(self, reservation: Reservation) -> None:
         """Its blocks may be written by another; a block that another writes already stays that one's."""

@@ -629,16 +629,19 @@ class VerifyResponse(google.protobuf.message.Message):
 
     CHECKED_FIELD_NUMBER: builtins.int
     CORRUPT_FIELD_NUMBER: builtins.int
+    CORRUPT_ON_DISK_FIELD_NUMBER: builtins.int
     checked: builtins.int
     corrupt: builtins.bytes
-    """keys"""
+    """keys of blocks in DRAM"""
+    corrupt_on_disk: builtins.int
     def __init__(
         self,
         *,
         checked: builtins.int = ...,
         corrupt: builtins.bytes = ...,
+        corrupt_on_disk: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["checked", b"checked", "corrupt", b"corrupt"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checked", b"checked", "corrupt", b"corrupt", "corrupt_on_disk", b"corrupt_on_disk"]) -> None: ...
 
 global___VerifyResponse = VerifyResponse
 
@@ -670,6 +673,7 @@ class EventsResponse(google.protobuf.message.Message):
     SNAPSHOT_FIELD_NUMBER: builtins.int
     SNAPSHOT_COMPLETE_FIELD_NUMBER: builtins.int
     EVENTS_FIELD_NUMBER: builtins.int
+    SEQUENCE_FIELD_NUMBER: builtins.int
     node: builtins.str
     incarnation: builtins.int
     snapshot: builtins.bool
@@ -677,6 +681,8 @@ class EventsResponse(google.protobuf.message.Message):
     `snapshot_complete`, are its content as of their sequence.
     """
     snapshot_complete: builtins.bool
+    sequence: builtins.int
+    """where the follower stands after this message; also sent when nothing happens, as a sign of life"""
     @property
     def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___KvEvent]: ...
     def __init__(
@@ -687,8 +693,9 @@ class EventsResponse(google.protobuf.message.Message):
         snapshot: builtins.bool = ...,
         snapshot_complete: builtins.bool = ...,
         events: collections.abc.Iterable[global___KvEvent] | None = ...,
+        sequence: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["events", b"events", "incarnation", b"incarnation", "node", b"node", "snapshot", b"snapshot", "snapshot_complete", b"snapshot_complete"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["events", b"events", "incarnation", b"incarnation", "node", b"node", "sequence", b"sequence", "snapshot", b"snapshot", "snapshot_complete", b"snapshot_complete"]) -> None: ...
 
 global___EventsResponse = EventsResponse
 

@@ -213,7 +213,8 @@ class Verify:
 class Verified:
     checked: int = 0
     corrupt: tuple[bytes, ...] = ()
-    """Keys of blocks that were wrong, and are dropped."""
+    """Keys of blocks in DRAM that were wrong, and are dropped."""
+    corrupt_on_disk: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +247,8 @@ class EventBatch:
     snapshot: bool = False
     snapshot_complete: bool = False
     events: tuple[EventColumns, ...] = ()
+    sequence: int = 0
+    """Where the follower stands after this batch; an empty batch is a sign of life."""
 
 
 def _split(data: bytes) -> tuple[bytes, ...]:
@@ -322,6 +325,7 @@ def _decode_batch(data: bytes) -> EventBatch:
         snapshot=message.snapshot,
         snapshot_complete=message.snapshot_complete,
         events=tuple(_from(EventColumns, event) for event in message.events),
+        sequence=message.sequence,
     )
 
 

@@ -22,9 +22,9 @@ VALUES = [
     (wire.DROP, wire.Drop(L, (K,), True), wire.Blocks(2)),
     (wire.STAT, wire.StatQuery(), wire.Stat("n", *range(1, 14), {"t": 4})),
     (wire.LIST, wire.ListQuery(5), wire.Listed((wire.ListedBlock(K, L, 1, 3, "t", 2, True, L),))),
-    (wire.VERIFY, wire.Verify(L, (K,), False), wire.Verified(5, (K,))),
+    (wire.VERIFY, wire.Verify(L, (K,), False), wire.Verified(5, (K,), 2)),
     (wire.EVENTS, wire.Follow(7, 8),
-     wire.EventBatch("n", 7, True, True, (wire.EventColumns(1, 1, 2, (K, L), L, (b"", K)),))),
+     wire.EventBatch("n", 7, True, True, (wire.EventColumns(1, 1, 2, (K, L), L, (b"", K)),), 9)),
 ]  # fmt: skip
 
 

@@ -103,6 +103,9 @@ def test_slots_of_a_silent_writer_are_not_reused_until_it_is_dead() -> None:
 
     gone = store.reserve(chain("b", 1), "t", "crashed")
     clock.now += store.limits.reservation_s
+    clock.now += store.limits.abandoned_s
+    store.tick()
+    assert len(store.reservations) == 1  # it lives, so it may still write
     dead.add("crashed")
     store.tick()
     assert not len(store.reservations)

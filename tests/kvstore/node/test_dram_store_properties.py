@@ -42,7 +42,7 @@ class StoreMachine(RuleBasedStateMachine):
             clock=self.clock,
             tenants=Tenants(quotas={"limited": QUOTA}),
             demote=self.demote,
-            writer_gone=self.dead.__contains__,
+            writer_gone=lambda client: client in self.dead or None,
         )
         self.offers: dict[int, tuple[str, list[Name], Offer, float]] = {}
         self.hits: dict[int, tuple[list[Name], Hit, float, float]] = {}

@@ -1,0 +1,172 @@
+"""A client of the store on its own node: calls by gRPC, bytes by the pool's shared memory.
+
+A worker looks a prompt's keys up before prefill, copies the hits into its engine's blocks, and puts the blocks that
+it filled. Reads are fenced: generations equal to the look-up's before *and after* the copy prove that no slot got a new
+owner in between, so that a lease which lapsed costs a recompute and never a wrong block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from kvstore.handover.verify import DigestPolicy, digest_policy
+from kvstore.node.entries import Status
+from kvstore.ranges import coalesce
+from kvstore.transports.segment import host_id
+from kvstore.transports.shm import SharedMemoryPool
+from pdserve.errors import DigestMismatch, PeerLost, StaleBlock, WorkerLost
+from pdserve.rpc import Channel
+from pdserve.wire import store as wire
+
+CALL_TIMEOUT_S = 5.0
+"""Of a control call; the store answers in well under a millisecond, a promotion from disk in some tens."""
+
+
+class StoreClient:
+    """Made by `attach`. `lost` is done when the session has ended: attach again, the store may be a new one."""
+
+    def __init__(self, channel: Channel, attached: wire.Attached, stream: AsyncGenerator[wire.Attached, None]) -> None:
+        self._channel = channel
+        self.attached = attached
+        self.pool = SharedMemoryPool.attach(attached.segment)
+        self.lost = asyncio.get_running_loop().create_task(_until_end(stream))
+
+    @classmethod
+    async def attach(
+        cls, channel: Channel, client: str, *, block_bytes: int = 0, alive_segment: str = ""
+    ) -> StoreClient:
+        """`alive_segment`: a segment that this process owns (its engine's pool); without it the store must keep slots
+        of a writer that went silent out of use for minutes.
+
+        Raises `FingerprintMismatch` (other block size), `TicketRefused`, `PeerLost` (not on this host), `WorkerLost`.
+        """
+        request = wire.Attach(client, host_id(), block_bytes, alive_segment)
+        stream = channel.stream(wire.ATTACH, request)
+        assert isinstance(stream, AsyncGenerator)
+        attached = await anext(stream, None)
+        if attached is None:
+            raise WorkerLost("the store closed the session at once: it is going away")
+        if not attached.segment:
+            await stream.aclose()
+            raise PeerLost("the store's memory is on another host")
+        return cls(channel, attached, stream)
+
+    async def close(self) -> None:
+        """End the session. Leases and reservations that are still held end by time: release them first."""
+        self.lost.cancel()
+        await asyncio.gather(self.lost, return_exceptions=True)
+        self.pool.close()
+
+    # ---- reading ----
+
+    async def lookup(
+        self, keys: Sequence[bytes], fingerprint: bytes, *, tenant: str = "", extends: bool = False
+    ) -> wire.Found:
+        """The longest prefix that is there, leased. `release` it after the copy."""
+        request = wire.Lookup(self.attached.session, fingerprint, tuple(keys), tenant, extends=extends)
+        return await self._channel.call(wire.LOOKUP, request, timeout_s=CALL_TIMEOUT_S)
+
+    def read(
+        self, found: wire.Found, into: NDArray[np.uint8], blocks: Sequence[int], policy: DigestPolicy | None = None
+    ) -> int:
+        """Copy `found` into rows `blocks` of `into` (shape [n, block_bytes], C-contiguous); returns the copies made.
+
+        Blocks the calling thread. When it raises, those rows' content is undefined: `StaleBlock` (reused while it was
+        read), `DigestMismatch`, `PeerLost` (the store died).
+        """
+        self.pool.check_alive()
+        expected = np.array(found.generations, np.uint64)
+        slots = list(found.slots)
+        self._check_generations(slots, expected)
+        flat = into.reshape(-1)
+        ranges = coalesce(slots, list(blocks), self.pool.block_bytes)
+        for r in ranges:
+            flat[r.local : r.local + r.length] = self.pool.region[r.remote : r.remote + r.length]
+        self._check_generations(slots, expected)
+        self.pool.check_alive()
+        for i in (policy or digest_policy("shm")).chosen(len(slots)):
+            if xxhash.xxh3_128_digest(into[blocks[i]]) != found.digests[i]:
+                raise DigestMismatch(f"block {i} of {len(slots)} differs from what was stored: recompute it")
+        return len(ranges)
+
+    def _check_generations(self, slots: Sequence[int], expected: NDArray[np.uint64]) -> None:
+        stale = np.flatnonzero(self.pool.generations[slots] != expected)
+        if stale.size:
+            raise StaleBlock(f"{stale.size} of {len(slots)} blocks were given to others: look them up again")
+
+    async def renew(self, found: wire.Found) -> float:
+        """Seconds that the lease lasts. Raises `TicketRefused` when it has ended."""
+        request = wire.RenewLease(self.attached.session, found.lease_id)
+        return (await self._channel.call(wire.RENEW_LEASE, request, timeout_s=CALL_TIMEOUT_S)).lease_ms / 1000
+
+    async def release(self, found: wire.Found) -> None:
+        if found.lease_id:
+            request = wire.ReleaseLease(self.attached.session, found.lease_id)
+            await self._channel.call(wire.RELEASE_LEASE, request, timeout_s=CALL_TIMEOUT_S)
+
+    # ---- writing ----
+
+    async def reserve(
+        self, keys: Sequence[bytes], fingerprint: bytes, *, tenant: str = "", extends: bool = False
+    ) -> wire.Reserved:
+        """Slots for what is missing of a whole chain. Raises `QuotaExceeded`, `Draining`."""
+        request = wire.Reserve(self.attached.session, fingerprint, tuple(keys), tenant, extends)
+        return await self._channel.call(wire.RESERVE, request, timeout_s=CALL_TIMEOUT_S)
+
+    def write(self, reserved: wire.Reserved, source: NDArray[np.uint8], blocks: Sequence[int]) -> tuple[bytes, ...]:
+        """Copy to the reserved slots; `blocks[i]` is the row of `source` for the chain's i-th block. Returns the
+        digests to commit. Blocks the calling thread. Raises `PeerLost`."""
+        rows = [block for block, status in zip(blocks, reserved.statuses, strict=True) if status == Status.RESERVED]
+        flat = source.reshape(-1)
+        self.pool.check_alive()
+        for r in coalesce(rows, reserved.slots, self.pool.block_bytes):
+            self.pool.region[r.local : r.local + r.length] = flat[r.remote : r.remote + r.length]
+        return tuple(xxhash.xxh3_128_digest(source[row]) for row in rows)
+
+    async def commit(self, reserved: wire.Reserved, digests: Sequence[bytes]) -> int:
+        """How many became visible. Raises `TicketRefused` (it lapsed), `DigestMismatch`."""
+        request = wire.Commit(self.attached.session, reserved.reservation_id, tuple(digests))
+        return (await self._channel.call(wire.COMMIT, request, timeout_s=CALL_TIMEOUT_S)).committed
+
+    async def abort(self, reserved: wire.Reserved) -> None:
+        """This process writes to those slots no more."""
+        if reserved.reservation_id:
+            request = wire.Abort(self.attached.session, reserved.reservation_id)
+            await self._channel.call(wire.ABORT, request, timeout_s=CALL_TIMEOUT_S)
+
+    async def put(
+        self,
+        keys: Sequence[bytes],
+        fingerprint: bytes,
+        source: NDArray[np.uint8],
+        blocks: Sequence[int],
+        *,
+        tenant: str = "",
+        extends: bool = False,
+    ) -> int:
+        """Reserve, copy in a thread, commit; returns how many blocks were new. `source` must not change meanwhile."""
+        reserved = await self.reserve(keys, fingerprint, tenant=tenant, extends=extends)
+        if not reserved.reservation_id:
+            return 0
+        writing = asyncio.ensure_future(asyncio.to_thread(self.write, reserved, source, blocks))
+        try:
+            digests = await asyncio.shield(writing)
+        except BaseException:
+            await asyncio.wait([writing])  # also when cancelled: an abort promises that nothing writes any more
+            await self.abort(reserved)
+            raise
+        return await self.commit(reserved, digests)
+
+
+async def _until_end(stream: AsyncGenerator[wire.Attached, None]) -> None:
+    """Raises what ended the session, if it was an error."""
+    try:
+        async for _ in stream:
+            pass
+    finally:
+        await stream.aclose()
