@@ -35,21 +35,21 @@ class S3FifoPolicy:
                 queue[key] = min(queue[key] + 1, _MAX_USES)
 
     def evict(self, now: float, allowed: Allowed) -> Key | None:
-        refused = 0
-        while refused < len(self):
+        refused: list[Key] = []
+        victim = None
+        while victim is None and len(self):
             small = self._takes_small()
-            queue = self._small if small else self._main
-            key, uses = queue.popitem(last=False)
+            key, uses = (self._small if small else self._main).popitem(last=False)
             if uses:
                 self._main[key] = 0 if small else uses - 1
             elif not allowed(key):
-                self._main[key] = 0
-                refused += 1
+                refused.append(key)
             else:
+                victim = key
                 if small:
                     self._remember(key)
-                return key
-        return None
+        self._main.update(dict.fromkeys(refused, 0))
+        return victim
 
     def forget(self, key: Key) -> None:
         queue = self._queue_of(key)

@@ -59,6 +59,18 @@ def test_resident_keys_are_exactly_those_used_and_not_yet_gone(name, script):
 
 
 @pytest.mark.parametrize("name", MAKERS)
+def test_the_one_key_that_may_leave_is_found_among_pinned_ones(name):
+    policy, pinned = MAKERS[name](), [key(i, 1) for i in range(20)]
+    for _ in range(3):
+        policy.access(pinned, 0.0)
+    assert policy.evict(1.0, lambda k: False) is None
+    policy.access([key(99)], 2.0)
+    assert policy.evict(3.0, lambda k: k not in pinned) == key(99)
+    assert policy.evict(4.0, lambda k: k not in pinned) is None
+    assert len(policy) == 20
+
+
+@pytest.mark.parametrize("name", MAKERS)
 @settings(max_examples=60, deadline=None)
 @given(
     capacity=st.integers(1, 9),
@@ -78,6 +90,20 @@ def test_a_pool_never_exceeds_its_capacity_and_reports_what_it_does(name, capaci
         assert len(cache) == len(resident) <= capacity
         assert all(k in cache for k in resident)
         cache.check_integrity()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_pool_full_of_pinned_keys_stores_nothing(name):
+    cache = KeyCache(3, MAKERS[name]())
+    pinned = chain([0, 0, 0])
+    assert cache.admit(pinned, 0.0, lambda k: True) == (pinned, [])
+    assert cache.admit(chain([1, 1]), 1.0, lambda k: False) == ([], [])
+    assert cache.match(pinned) == len(cache) == 3
+
+
+def test_a_pool_without_room_for_anything_is_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        KeyCache(0, LruPolicy())
 
 
 @settings(max_examples=150, deadline=None)

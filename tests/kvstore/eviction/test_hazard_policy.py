@@ -52,6 +52,7 @@ def test_only_the_blocks_after_a_pinned_tail_may_go():
     allowed = keys[1:3]
     assert [policy.evict(1.0, allowed.__contains__) for _ in range(3)] == [keys[2], keys[1], None]
     policy.check_integrity()
+    assert policy._groups.waiting() == []
     assert policy.evict(1.0, anything) in {keys[0], keys[4]}
 
 
@@ -196,3 +197,13 @@ def test_counts_fade():
     before = table.hazards()[0, 5]
     table.fade(24 * 3600.0)
     assert table.hazards()[0, 5] < before / 10
+
+
+def test_queues_stay_in_order_of_age_when_the_ranking_is_remade_rarely():
+    """Groups of several bins reach the same one in one go: the oldest still leaves first."""
+    fresh, policy = Fresh(), HazardPolicy()
+    chains = [fresh.take(2) for _ in range(12)]
+    for second, keys in zip((0, 5, 9, 30, 31, 32, 60, 61, 62, 90, 91, 92), chains, strict=True):
+        policy.access(keys, float(second))
+    policy.access([], 5_000.0)
+    assert [policy.evict(5_000.0, anything) for _ in range(24)] == [key for keys in chains for key in reversed(keys)]
