@@ -52,7 +52,7 @@ class KVIndex:
         self._nodes: dict[str, Node] = {}
         self._live: dict[bytes, int] = {}
         self._buried = 0
-        self._lease_s = lease_s
+        self.lease_s = lease_s
         self._clock = clock
         self._next_deadline = float("inf")
 
@@ -161,7 +161,7 @@ class KVIndex:
 
         Raises `Overloaded` (too many nodes), `InvalidRequest` (too many layouts).
         """
-        node = self._greet(name, incarnation, self._lease_s)
+        node = self._greet(name, incarnation, self.lease_s)
         if node is None:
             self.counts.stale += len(events)
             return Verdict.STALE
@@ -175,7 +175,7 @@ class KVIndex:
     def renew(self, name: str, incarnation: int, *, sequence: int = 0, lease_s: float | None = None) -> Verdict:
         """A heartbeat. `sequence`: the node's last event number, if heartbeats and events come in one order: then a
         lost last event is noticed too. `lease_s` where it differs from the index's own."""
-        node = self._greet(name, incarnation, self._lease_s if lease_s is None else lease_s)
+        node = self._greet(name, incarnation, self.lease_s if lease_s is None else lease_s)
         if node is None:
             return Verdict.STALE
         if node.state is State.DISTRUSTED:
@@ -199,7 +199,7 @@ class KVIndex:
     def load_in_steps(self, snapshot: NodeSnapshot, *, lease_s: float | None = None) -> Generator[None, None, Verdict]:
         """As `load`, pausing after every few thousand blocks; the node shows nothing until the end. If it is restarted
         or loaded anew meanwhile, this load is dropped: `STALE`."""
-        node = self._greet(snapshot.node, snapshot.incarnation, self._lease_s if lease_s is None else lease_s)
+        node = self._greet(snapshot.node, snapshot.incarnation, self.lease_s if lease_s is None else lease_s)
         if node is None:
             return Verdict.STALE
         if node.state is State.DISTRUSTED:

@@ -101,7 +101,6 @@ class RedisIndex:
         local: KVIndex,
         options: RedisOptions,
         *,
-        lease_s: float = 10.0,
         tick_s: float = TICK_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -113,8 +112,8 @@ class RedisIndex:
         self._outboxes: dict[str, _Outbox] = {}
         self._goodbyes: dict[str, int] = {}
         self._read_at: dict[str, float] = {}
-        self._ttl_ms = int(lease_s * 1000)
-        self._lease_s, self._tick_s, self._clock = lease_s, tick_s, clock
+        self._ttl_ms = int(local.lease_s * 1000)
+        self._tick_s, self._clock = tick_s, clock
         self._task: asyncio.Task[None] | None = None
         self._backoff_s = tick_s
 
@@ -245,7 +244,7 @@ class RedisIndex:
 
     async def _renew_leases(self) -> None:
         """Three times in a lease, of the nodes that gave a sign of life since."""
-        due = self._clock() - self._lease_s / 3
+        due = self._clock() - self.local.lease_s / 3
         boxes = {n: b for n, b in self._outboxes.items() if b.renew and not b.publish and b.renewed_at <= due}
         if boxes:
             answers = await self._copy.renew([(node, box.incarnation, self._ttl_ms) for node, box in boxes.items()])

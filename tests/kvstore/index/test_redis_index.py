@@ -48,7 +48,7 @@ async def router(redis: RedisProcess) -> AsyncIterator:
     async def make(*, run: bool = False, timeout_s: float = 0.2) -> RedisIndex:
         options = RedisOptions(redis.url, timeout_s=timeout_s)
         local = KVIndex(max_entries=100_000, lease_s=LEASE_S, clock=Clock())
-        index = RedisIndex(local, options, lease_s=LEASE_S, tick_s=TICK_S, clock=Clock())
+        index = RedisIndex(local, options, tick_s=TICK_S, clock=Clock())
         made.append(index)
         if run:
             await index.start()
