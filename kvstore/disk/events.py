@@ -26,8 +26,6 @@ class Gone:
     EVICTED = "evicted"
     REMOVED = "removed"
     CORRUPT = "corrupt"
-    FAILED = "failed"
-    """The disk could not read it."""
     OFF = "off"
     """The tier was switched off."""
 
@@ -65,7 +63,7 @@ class DiskObserver(Protocol):
     def corrupt(self, block: BlockId | None, reason: str) -> None:
         """A record failed its check, when read or at the start's scan (then its block may be unknown).
 
-        `reason` is one word: header_digest, payload_digest, truncated, version, ...
+        `reason` is one word: header_digest, payload_digest, truncated, unreadable, version, ...
         """
 
     def moved(self, direction: str, nbytes: int, seconds: float) -> None:

@@ -8,6 +8,7 @@ for, or a header that was erased because the block left. The file goes as a whol
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ from kvstore.disk.record import (
     padded,
     verify,
 )
+
+log = logging.getLogger(__name__)
 
 RUN_BYTES = 4 << 20
 """Of a run, the neighbouring records that one system call moves: large enough to hide the call, small enough that a
@@ -63,7 +66,7 @@ def runs(transfers: Sequence[Transfer]) -> Iterator[list[Transfer]]:
 
 
 class Segment:
-    """An open segment file. Raises `OSError` from every method that does I/O."""
+    """An open segment file. Every method that does I/O raises `OSError`, but `read`."""
 
     def __init__(self, folder: Folder, number: int, *, direct: bool, create: bool = False) -> None:
         self.number = number
@@ -143,9 +146,19 @@ class Segment:
     def read(self, run: Sequence[Transfer]) -> list[RecordInvalid | None]:
         """Read neighbouring records into their memory; for each, why it may not be used, or None when it is whole.
 
-        The hot path: one call for the run, straight into the caller's memory when that suits the disk, and a digest
-        over what came.
+        A sector that the disk cannot read costs its own record only. Raises nothing.
         """
+        try:
+            return self._read_run(run)
+        except OSError as error:
+            if len(run) > 1:
+                return [found for transfer in run for found in self.read([transfer])]
+            log.warning("the disk could not read segment %d (%s)", self.number, error.strerror)
+            return [RecordInvalid("unreadable")]
+
+    def _read_run(self, run: Sequence[Transfer]) -> list[RecordInvalid | None]:
+        """The hot path: one call for the run, straight into the caller's memory when that suits the disk, and a digest
+        over what came."""
         headers = aligned(PAGE * (len(run) + 1))
         spare = headers[PAGE * len(run) :]
         direct = [not self._direct or is_aligned(t.data) for t in run]

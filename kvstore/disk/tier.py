@@ -132,6 +132,8 @@ class DiskTier:
         """
         targets = [view(buffer) for buffer in into]
         taken = self._catalog.take(ids)
+        if not taken:
+            return Reads((False,) * len(ids), ())
         began = time.perf_counter()
         try:
             wanted = _transfers(ids, targets, {block: record for block, (record, _) in taken.items()})
@@ -148,7 +150,7 @@ class DiskTier:
         return reads
 
     def get(self, block: BlockId, into: Buffer) -> bool:
-        """Read one block; False when it is not here. Raises `DiskBlockCorrupt` or `DiskError` when it was lost."""
+        """Read one block; False when it is not here. Raises `DiskBlockCorrupt` when it was lost."""
         reads = self.get_many([block], [into])
         if reads.errors:
             raise reads.errors[0]
@@ -160,12 +162,7 @@ class DiskTier:
 
     def _read(self, segment: Segment, run: list[Transfer]) -> list[tuple[int, bool, DiskError | None]]:
         """Of each block of a run: its index, whether it was read, and what went wrong."""
-        try:
-            verdicts = segment.read(run)
-        except OSError as error:
-            if len(run) > 1:
-                return [outcome for transfer in run for outcome in self._read(segment, [transfer])]
-            return [(run[0].index, False, self._unreadable(run[0].record, error))]
+        verdicts = segment.read(run)
         return [
             (t.index, invalid is None, None if invalid is None else self._corrupt(t.record, invalid))
             for t, invalid in zip(run, verdicts, strict=True)
@@ -180,12 +177,6 @@ class DiskTier:
         return DiskBlockCorrupt(
             f"block {record.id.key.hex()} on disk failed its check ({invalid.reason}): recompute it"
         )
-
-    def _unreadable(self, record: Record, error: OSError) -> DiskError | None:
-        if not self._catalog.drop(record, Gone.FAILED):
-            return None
-        log.warning("the disk could not read a block (%s)", error.strerror, extra={"key": record.id.key.hex()})
-        return DiskError(f"the disk could not read block {record.id.key.hex()} ({error.strerror}): recompute it")
 
     # -- writing ---------------------------------------------------------------------------------------------------
 

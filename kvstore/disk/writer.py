@@ -123,19 +123,22 @@ class Writer:
 
     # -- segments --------------------------------------------------------------------------------------------------
 
-    def _fits(self, segment: Segment, nbytes: int, records: int = 1) -> bool:
-        needed = segment.end + nbytes + footer_bytes(len(segment.records) + records)
-        return needed <= self._options.segment_size
+    def _fits(self, segment: Segment, nbytes: int) -> bool:
+        return segment.end + nbytes + footer_bytes(len(segment.records) + 1) <= self._options.segment_size
 
     def _room_for(self, nbytes: int) -> Segment:
         """A segment that takes a record of `nbytes`, within the capacity."""
+        segment = self._open_for(nbytes)
+        while not self._within_capacity():
+            self._reclaim()
+            segment = self._open_for(nbytes)
+        return segment
+
+    def _open_for(self, nbytes: int) -> Segment:
+        """The active segment, or the next one when that has no room."""
         if self._active is None or not self._fits(self._active, nbytes):
             self._roll()
         assert self._active is not None
-        while not self._within_capacity():
-            self._reclaim(self._active)
-            if not self._fits(self._active, nbytes):
-                self._roll()
         return self._active
 
     def _roll(self) -> None:
@@ -177,41 +180,56 @@ class Writer:
 
     # -- room ------------------------------------------------------------------------------------------------------
 
-    def _reclaim(self, active: Segment) -> None:
+    def _reclaim(self) -> None:
         """One step towards room: a segment goes, or a block does."""
         victim = min(self._sealed(), key=lambda segment: segment.live_ratio)
-        live = self._catalog.live_records(victim)
-        if victim.live_ratio <= COMPACT_BELOW and self._fits(active, victim.live_bytes, len(live)):
-            self._compact(victim, live, active)
+        if victim.live_ratio <= COMPACT_BELOW:
+            self._compact(victim)
             return
         evicted = self._catalog.evict(self._may_leave)
         if evicted is None:
             raise OSError(errno.ENOSPC, "every block of the tier is pinned")
         self.erase(evicted)
 
-    def _compact(self, victim: Segment, live: list[Record], active: Segment) -> None:
+    def _compact(self, victim: Segment) -> None:
         """Copy what lives to the end of the log, then delete the file. Dying between leaves each block twice: the
         higher sequence counts."""
         began = time.perf_counter()
+        live = self._catalog.live_records(victim)
         for run in runs([Transfer(record, aligned(record.length)[: record.length]) for record in live]):
-            self._copy_run(run, victim, active)
+            self._copy(deque(self._checked(run, victim)))
         self._catalog.retire(victim)
         self._folder.unlink(victim.number)
         self._observer.moved("compact", sum(record.length for record in live), time.perf_counter() - began)
 
-    def _copy_run(self, run: list[Transfer], victim: Segment, active: Segment) -> None:
+    def _checked(self, run: list[Transfer], victim: Segment) -> list[Transfer]:
+        """Reads a run; returns what may be copied. A copy gets a digest of its own, so the old one is checked here."""
         good = []
         for transfer, invalid in zip(run, victim.read(run), strict=True):
-            if invalid is None:
-                good.append((transfer.record, self._append(active, transfer.record.id, transfer.data)))
-            elif self._catalog.drop(transfer.record, Gone.CORRUPT):
-                self._observer.corrupt(transfer.record.id, invalid.reason)
-        if not good:
-            return
-        whole, error = self._write_runs(active, [copy for _, copy in good])
-        kept = set(whole)
-        for old, copy in good:
-            if copy.record in kept and not self._catalog.move(old, copy.record):
+            record = transfer.record
+            if invalid is not None:
+                if self._catalog.drop(record, Gone.CORRUPT):
+                    self._observer.corrupt(record.id, invalid.reason)
+            elif record.length > self._options.block_bytes:  # of an earlier configuration: may fit no segment
+                self._catalog.drop(record, Gone.EVICTED)
+            else:
+                good.append(transfer)
+        return good
+
+    def _copy(self, pending: deque[Transfer]) -> None:
+        while pending:
+            segment = self._open_for(pending[0].record.nbytes)
+            pairs: list[tuple[Record, Transfer]] = []
+            while pending and self._fits(segment, pending[0].record.nbytes):
+                old = pending.popleft()
+                pairs.append((old.record, self._append(segment, old.record.id, old.data)))
+            self._move(segment, pairs)
+
+    def _move(self, segment: Segment, pairs: list[tuple[Record, Transfer]]) -> None:
+        written, error = self._write_runs(segment, [copy for _, copy in pairs])
+        whole = set(written)
+        for old, copy in pairs:
+            if copy.record in whole and not self._catalog.move(old, copy.record):
                 self.erase(copy.record)
         if error is not None:
             raise error

@@ -302,6 +302,43 @@ def test_every_hundredth_block_corrupted_on_disk_is_caught(tmp_path: Path) -> No
     again.close()
 
 
+def make_unreadable(tier: DiskTier, path: Path) -> None:
+    """Reads of this file fail from now on, as of a bad sector; writes go on."""
+    fd = os.open(path, os.O_WRONLY)
+    os.dup2(fd, tier._catalog.segments[int(path.stem, 16)]._data)
+    os.close(fd)
+
+
+def test_blocks_that_the_disk_cannot_read_are_lost_and_the_others_are_not(tmp_path: Path) -> None:
+    recorder = Recorder()
+    tier = DiskTier(tmp_path, options(segment=1 << 20), observer=recorder)
+    put(tier, range(100))
+    make_unreadable(tier, files(tmp_path)[0])
+    ids = [block_id(n) for n in range(100)]
+    reads = tier.get_many(ids, [np.zeros(BLOCK, dtype=np.uint8) for _ in range(100)])
+    lost = reads.found.index(True)
+    assert 50 < lost < 70
+    assert reads.found == (False,) * lost + (True,) * (100 - lost)
+    assert recorder.corrupt_reasons == ["unreadable"] * lost
+    assert tier.health.state is DiskState.ON
+    tier.check_integrity()
+    tier.close()
+
+
+def test_compaction_gets_past_what_the_disk_cannot_read(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, options(capacity=1 << 21))
+    put(tier, range(60))
+    for n in range(60):
+        if n % 3:
+            tier.remove(block_id(n))
+    make_unreadable(tier, files(tmp_path)[0])
+    assert put(tier, range(100, 160)) == 60
+    assert not served(tier, 0)
+    assert all(served(tier, n) for n in (57, *range(100, 160)))
+    tier.check_integrity()
+    tier.close()
+
+
 def test_verify_finds_and_drops_what_is_corrupt(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, options())
     put(tier, range(10))

@@ -91,7 +91,7 @@ def test_two_layouts_of_one_prefix_stand_side_by_side(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("clean", [True, False], ids=["closed", "scanned"])
 def test_a_restart_keeps_the_blocks(tmp_path: Path, direct: bool, clean: bool) -> None:
-    tier = DiskTier(tmp_path, options(direct=direct, segment=1 << 20))
+    tier = DiskTier(tmp_path, options(direct=direct, segment=1 << 20, fsync=True))
     put(tier, range(100))
     tier.close()
     if not clean:
@@ -267,14 +267,35 @@ def test_a_tier_full_of_pinned_blocks_says_so_and_serves_on(tmp_path: Path) -> N
     tier.close()
 
 
-def test_a_smaller_capacity_is_kept_to_after_a_restart(tmp_path: Path) -> None:
+def test_smaller_settings_are_kept_to_after_a_restart(tmp_path: Path) -> None:
+    """Half-empty segments, each larger than the new ones: several are copied together, into several."""
     tier = DiskTier(tmp_path, options(segment=1 << 20))
     put(tier, range(300))
+    for n in range(300):
+        if n % 5:
+            tier.remove(block_id(n))
     tier.close()
-    small = DiskTier(tmp_path, options(capacity=1 << 21))
+    small = DiskTier(tmp_path, options(capacity=1 << 21, segment=1 << 17))
+    old = set(files(tmp_path))
     put(small, [1000])
     assert sum(path.stat().st_size for path in files(tmp_path)) <= 1 << 21
+    assert max(path.stat().st_size for path in set(files(tmp_path)) - old) <= 1 << 17
     assert served(small, 1000)
+    assert all(served(small, n) for n in range(0, 300, 5))
+    small.check_integrity()
+    small.close()
+
+
+def test_blocks_too_large_for_new_settings_leave_when_their_segment_does(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, options(block=1 << 20, segment=1 << 22))
+    put(tier, [1, 2], 1 << 20)
+    tier.remove(block_id(2))
+    tier.close()
+    small = DiskTier(tmp_path, options(capacity=1 << 19, segment=1 << 17))
+    assert served(small, 1, 1 << 20)
+    put(small, range(10, 15))
+    assert block_id(1) not in small
+    assert all(served(small, n) for n in range(10, 15))
     small.check_integrity()
     small.close()
 
