@@ -95,6 +95,7 @@ class DramStore:
         if count:
             self._metrics.lookup_blocks.inc(len(names))
             self._metrics.hit_blocks.labels("dram").inc(len(found))
+            self._metrics.bytes.labels("dram", "read").inc(len(found) * self.pool.blocks.shape[1])
         if not found:
             return Hit(0)
         self._use(found, now, extends)
