@@ -11,7 +11,7 @@ from pdserve.errors import DiskError, DiskFull, DiskReadOnly
 
 log = logging.getLogger(__name__)
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _READ_ONLY = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EBADF})
 """EBADF: the file was opened for reading only, since the disk took no writes then."""
 
@@ -38,7 +38,7 @@ class Health:
 
     def _classify(self, error: OSError) -> tuple[DiskState, DiskError]:
         what = error.strerror or str(error)
-        if error.errno in _FULL:
+        if error.errno in FULL:
             text = f"the disk is full ({what}): free space, or lower the tier's capacity"
             return DiskState.READ_ONLY, DiskFull(text, retry_after_s=self._retry_s)
         if error.errno in _READ_ONLY:

@@ -22,6 +22,7 @@ from kvstore.disk.catalog import Catalog
 from kvstore.disk.events import DiskObserver, Gone
 from kvstore.disk.folder import Folder
 from kvstore.disk.footer import footer_bytes
+from kvstore.disk.health import FULL
 from kvstore.disk.options import DiskOptions
 from kvstore.disk.pool import IoPool
 from kvstore.disk.record import Record, record_bytes
@@ -34,6 +35,10 @@ COMPACT_BELOW = 0.5
 """Live share of a segment from which on it is not worth copying: at 0.5 a byte copied frees a byte."""
 
 MayLeave = Callable[[BlockId], bool]
+
+
+class Pinned(OSError):
+    """There is no room, and no block may leave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +69,27 @@ class Writer:
         self._observer = observer
         self._may_leave = may_leave
         self._active: Segment | None = None
+        self._full = False
+        """The last put met a full disk."""
         self._number, self._sequence = count(first[0]), count(first[1])
 
     def put(self, items: Sequence[Item], *, extends: bool) -> int:
         """Store those blocks that are not here; returns how many. What was stored before an error stays."""
+        if self._full:
+            self._squeeze()
         new = {item.id: item for item in items if self._catalog.find(item.id) is None}
-        pending = deque(new.values())
+        try:
+            self._put(deque(new.values()), extends=extends)
+        except OSError as error:
+            self._full = error.errno in FULL and not isinstance(error, Pinned)
+            raise
+        return len(new)
+
+    def _put(self, pending: deque[Item], *, extends: bool) -> None:
         while pending:
             segment = self._room_for(record_bytes(len(pending[0].data)))
             stored = self._write(segment, self._place(segment, pending), extends=extends)
             extends = extends or stored > 0
-        return len(new)
 
     def _place(self, segment: Segment, pending: deque[Item]) -> list[Transfer]:
         """As many blocks as the segment has room for."""
@@ -188,8 +203,21 @@ class Writer:
             return
         evicted = self._catalog.evict(self._may_leave)
         if evicted is None:
-            raise OSError(errno.ENOSPC, "every block of the tier is pinned")
+            raise Pinned(errno.ENOSPC, "every block of the tier is pinned")
         self.erase(evicted)
+
+    def _squeeze(self) -> None:
+        """The disk has less room than the capacity says: before the next try, a segment makes way with all it holds.
+        So a tier lives on within what it has, instead of keeping its oldest blocks for ever."""
+        self._full = False
+        sealed = [s for s in self._sealed() if all(self._may_leave(r.id) for r in self._catalog.live_records(s))]
+        if not sealed:
+            return
+        victim = min(sealed, key=lambda segment: segment.live_ratio)
+        for record in self._catalog.live_records(victim):
+            self._catalog.drop(record, Gone.EVICTED)
+        self._catalog.retire(victim)
+        self._folder.unlink(victim.number)
 
     def _compact(self, victim: Segment) -> None:
         """Copy what lives to the end of the log, then delete the file. Dying between leaves each block twice: the

@@ -101,6 +101,23 @@ def test_a_disk_that_fills_up_gives_what_a_failed_put_took_back(small_disk: Path
     tier.close()
 
 
+def test_a_disk_smaller_than_the_capacity_keeps_taking_new_blocks(small_disk: Path) -> None:
+    clock, recorder = Clock(), Recorder()
+    tier = DiskTier(small_disk / "tier", options(segment=1 << 18), observer=recorder, clock=clock)
+    for start in range(0, 300, 5):
+        try:
+            put(tier, range(start, start + 5))
+        except DiskFull:
+            clock.now += 5.0
+            put(tier, range(start, start + 5))
+        assert all(served(tier, n) for n in range(start, start + 5))
+    assert len(tier) > 30
+    assert {reason for _, reason in recorder.removed_ids} == {"evicted"}
+    assert recorder.resident == set(tier.ids())
+    tier.check_integrity()
+    tier.close()
+
+
 @pytest.fixture
 def file_limit() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
