@@ -85,6 +85,8 @@ class KVIndex:
 
     def _ends(self, keys: bytes, alive: int) -> list[tuple[int, int]]:
         """(place bits, length): the places whose runs end after `length` blocks, places spread over farther tiers."""
+        if not alive:
+            return []
         get, spread = self._table.masks.get, self._columns.spread
         ends: list[tuple[int, int]] = []
         unmarked: list[bytes] = []
@@ -324,7 +326,6 @@ class KVIndex:
         node.sequence = event.sequence
         node.seen = max(node.seen, event.sequence)
         self.counts.events += 1
-        self.counts.evicted = self._table.num_evicted
 
     def _clear_tier(self, node: Node, tier: Tier) -> None:
         """A worker has one tier, and its columns are given up. A store has two, the other stays: linear in entries."""
@@ -392,6 +393,7 @@ class KVIndex:
 
     def _tidy(self, steps: int) -> None:
         cleared = self._table.tidy_all() if self._buried > MAX_BURIED_BITS else self._table.tidy(steps)
+        self.counts.evicted = self._table.num_evicted
         if cleared:
             self._buried -= cleared.bit_count()
             self._columns.reclaim(cleared)

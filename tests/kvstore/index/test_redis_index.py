@@ -45,7 +45,7 @@ async def router(redis: RedisProcess) -> AsyncIterator:
     """Makes routers' indexes; `run=False`: the test calls `flush` itself."""
     made: list[RedisIndex] = []
 
-    async def make(*, run: bool = False, timeout_s: float = 0.2) -> RedisIndex:
+    async def make(*, run: bool = False, timeout_s: float = 5.0) -> RedisIndex:
         options = RedisOptions(redis.url, timeout_s=timeout_s)
         local = KVIndex(max_entries=100_000, lease_s=LEASE_S, clock=Clock())
         index = RedisIndex(local, options, tick_s=TICK_S, clock=Clock())
@@ -208,7 +208,7 @@ async def test_serving_goes_on_without_redis_and_recovers(router, redis, caplog)
 
 
 async def test_a_frozen_redis_delays_nobody(router, redis):
-    first = await router(run=True, timeout_s=0.05)
+    first = await router(run=True, timeout_s=0.2)
     a = Node("a")
     joined(first, a)
     await until(lambda: first.counts.publications == 1)
