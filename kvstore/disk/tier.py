@@ -251,6 +251,8 @@ class DiskTier:
             folder.close()
             raise
         self._folder = folder
+        with self._catalog.lock:
+            self._health.well()
         return self._writer
 
     def _load(self, folder: Folder) -> Writer:

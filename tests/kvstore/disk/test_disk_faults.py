@@ -199,6 +199,23 @@ def test_a_folder_that_vanishes_switches_the_tier_off_until_it_can_be_made(tmp_p
     tier.close()
 
 
+def test_a_folder_that_comes_back_brings_its_blocks(tmp_path: Path) -> None:
+    """As a disk that was mounted late, or again."""
+    clock = Clock()
+    folder = tmp_path / "tier"
+    tier = DiskTier(folder, options(), clock=clock)
+    put(tier, range(10))
+    folder.rename(tmp_path / "aside")
+    with pytest.raises(DiskError, match="off"):
+        put(tier, [10])
+    (tmp_path / "aside").rename(folder)
+    clock.now = 5.0
+    assert put(tier, [1]) == 0
+    assert tier.health.state is DiskState.ON
+    assert all(served(tier, n) for n in range(10))
+    tier.close()
+
+
 def test_a_folder_that_another_tier_took_meanwhile_stays_its(tmp_path: Path) -> None:
     clock = Clock()
     folder = tmp_path / "tier"
