@@ -50,6 +50,15 @@ class SlotAllocator:
             taken += self._cut(self._best(count - len(taken)), count - len(taken))
         return taken
 
+    def take_below(self, limit: int, count: int) -> list[int]:
+        """Up to `count` slots of one run that ends at `limit` or before; of the smallest that is long enough, else of
+        the longest. Empty when there is no such run."""
+        runs = [(length, start) for start, length in self._length.items() if start + length <= limit]
+        if not runs or not count:
+            return []
+        enough = [run for run in runs if run[0] >= count]
+        return list(self._cut((min(enough) if enough else max(runs))[1], count))
+
     def _best(self, count: int) -> int:
         """Start of the smallest run that holds `count`, else of the largest."""
         at = bisect_left(self._sizes, (count, 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from store_tools import Clock, chain, contents, digest_of, fill, make_store, name, put, replay
 
+from kvstore.node.compaction import compact
 from kvstore.node.entries import Entry, Limits, Status
 from kvstore.node.integrity import Scrubber
 from kvstore.node.slots import runs_of
@@ -285,6 +286,38 @@ def test_one_requests_blocks_lie_in_one_run_also_after_churn_and_in_chunks() -> 
     assert len(runs_of(store.lookup(request, "r").slots)) == 1
     store.drop(chain("c", 8))
     assert len(runs_of(put(store, chain("y", 16)).slots)) == 1
+    store.check_integrity()
+
+
+def test_compaction_joins_free_space_and_moves_no_block_that_is_read() -> None:
+    store = make_store(32)
+    for i in range(16):
+        put(store, chain(f"{i:x}", 2))
+    for i in range(0, 16, 2):
+        store.drop(chain(f"{i:x}", 2))
+    assert store.slots.largest_run == 2
+    leased = store.lookup(chain("7", 2), "r")
+    before = set(store.entries)
+    assert compact(store, 3) == 3
+    assert compact(store, 100) > 0
+    assert compact(store, 100) == 0
+    assert store.slots.largest_run >= 8
+    assert store.lookup(chain("7", 2), "r").slots == leased.slots
+    assert set(store.entries) == before
+    for block, entry in store.entries.items():
+        assert (store.pool.blocks[entry.slot] == contents(block)).all()
+    store.check_integrity()
+
+
+def test_compaction_spreads_no_corrupt_block() -> None:
+    store = make_store(8)
+    for key in "abcd":
+        put(store, chain(key, 2))
+    store.pool.blocks[7, 0] ^= 1
+    store.drop([name("a0"), name("b0"), name("c0")])
+    assert compact(store, 8)
+    assert name("d1") not in store.entries
+    assert name("d0") in store.entries
     store.check_integrity()
 
 

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from store_tools import Clock, contents, digest_of, fill, make_store, name, replay, reserved
 
 from kvstore.eviction import POLICIES
+from kvstore.node.compaction import compact
 from kvstore.node.entries import Entry, Hit, Limits, Name, Offer, Status
 from kvstore.node.tenants import Tenants
 from kvstore.types import EventKind, StoreEvent
@@ -147,6 +148,10 @@ class StoreMachine(RuleBasedStateMachine):
         """However late, a writer touches only its own slots."""
         _, names, offer, _ = self.offers[data.draw(st.sampled_from(sorted(self.offers)))]
         fill(self.store, names, Offer(1, (Status.RESERVED,) * len(names), offer.slots))
+
+    @rule(blocks=st.integers(1, 3))
+    def compact(self, blocks: int) -> None:
+        compact(self.store, blocks)
 
     @rule(slow=st.booleans())
     def disk_speed(self, slow: bool) -> None:

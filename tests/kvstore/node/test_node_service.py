@@ -7,7 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from node_tools import BLOCK_BYTES, FINGERPRINT, channel_to, client_of, get, keys, pages, put, running_store, until
+from node_tools import (
+    BLOCK_BYTES,
+    FINGERPRINT,
+    certificates,
+    channel_to,
+    client_of,
+    get,
+    keys,
+    pages,
+    put,
+    running_store,
+    until,
+)
 
 from kvstore.handover.verify import PoolDescriptor
 from kvstore.node.client import StoreClient
@@ -25,6 +37,7 @@ from pdserve.errors import (
     QuotaExceeded,
     StaleBlock,
     TicketRefused,
+    WorkerLost,
 )
 from pdserve.wire import store as wire
 
@@ -140,6 +153,26 @@ async def test_the_pool_is_reached_by_tcp_too() -> None:
             peer = transport.connect(descriptor.region)
             peer.read([Range(found.slots[1] * BLOCK_BYTES, 0, BLOCK_BYTES)], into)
             assert (into == pages(keys("a", 2))[1]).all()
+        finally:
+            transport.close()
+
+
+async def test_under_mutual_tls_strangers_get_neither_a_session_nor_bytes(tmp_path: Path) -> None:
+    ours, theirs = certificates(tmp_path, "ours"), certificates(tmp_path, "theirs")
+    tls = {"cert_file": ours.cert_file, "key_file": ours.key_file, "ca_file": ours.ca_file}
+    async with running_store(tls=tls) as store:
+        async with client_of(store, tls=ours) as client:
+            await put(client, keys("a", 2))
+            assert await get(client, keys("a", 2)) == 2
+            memory = PoolDescriptor.decode(client.attached.memory["tcp"]).region
+        for stranger in (None, theirs):
+            async with channel_to(store.address, stranger) as channel:
+                with pytest.raises(WorkerLost):
+                    await StoreClient.attach(channel, "stranger")
+        transport = TcpTransport()
+        try:
+            with pytest.raises(PeerLost):  # the descriptor leaked, and is not enough
+                transport.connect(memory).read([Range(0, 0, 8)], np.zeros(8, np.uint8))
         finally:
             transport.close()
 
