@@ -1,0 +1,79 @@
+"""Keeps an index in step with one node's store, through its event stream.
+
+A router runs one for each store that it knows. Where it was cut off for a while it goes on behind the last event that
+the index applied; where events are missing, or the store is a new incarnation, the store sends its content instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Iterator
+
+from kvstore.index.base import NodeSnapshot, Section, Verdict
+from kvstore.index.index import KVIndex
+from kvstore.types import EventKind, StoreEvent, Tier
+from pdserve.errors import PdserveError, ProtocolMismatch
+from pdserve.rpc import Channel
+from pdserve.wire import store as wire
+
+log = logging.getLogger("pdserve.kvstore")
+
+RETRY_S = 0.5
+"""Between two tries to reach a store; its entries live on for the index's lease meanwhile."""
+
+
+class StoreFollower:
+    """`run` in a task, cancel it to stop. The index itself ages out a node that is not heard of."""
+
+    def __init__(self, channel: Channel, index: KVIndex, *, node: str = "", retry_s: float = RETRY_S) -> None:
+        """`node`: the store's name where it is known already; else the first message tells."""
+        self._channel = channel
+        self._index = index
+        self._retry_s = retry_s
+        self._node = node
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self._follow()
+            except PdserveError as error:
+                log.info(
+                    "a store's events are cut off", extra={"address": self._channel.address, "reason": error.reason}
+                )
+            await asyncio.sleep(self._retry_s)
+
+    async def _follow(self) -> None:
+        """Until the stream ends, or the index wants a snapshot."""
+        known = self._index.position(self._node) if self._node else None
+        request = wire.Follow(known[0], known[1]) if known else wire.Follow()
+        sections: list[Section] = []
+        async for batch in self._channel.stream(wire.EVENTS, request):
+            self._node = batch.node
+            if batch.snapshot:
+                sections += _sections(batch.events)
+            if batch.snapshot_complete:
+                self._index.load(NodeSnapshot(batch.node, batch.incarnation, batch.sequence, tuple(sections)))
+                sections = []
+            elif not batch.snapshot and self._take(batch) is Verdict.RESYNC:
+                return
+
+    def _take(self, batch: wire.EventBatch) -> Verdict:
+        if not batch.events:
+            return self._index.renew(batch.node, batch.incarnation, sequence=batch.sequence)
+        return self._index.apply(batch.node, batch.incarnation, [_event(columns) for columns in batch.events])
+
+
+def _event(columns: wire.EventColumns) -> StoreEvent:
+    """Raises `ProtocolMismatch` for a kind or tier of a newer store."""
+    try:
+        kind, tier = EventKind(columns.kind), Tier(columns.tier)
+    except ValueError as error:
+        raise ProtocolMismatch(f"the store sent an event that is not known here ({error}): upgrade this one") from error
+    return StoreEvent(columns.sequence, kind, tier, columns.keys, columns.fingerprint, columns.parents)
+
+
+def _sections(events: Iterable[wire.EventColumns]) -> Iterator[Section]:
+    for columns in events:
+        event = _event(columns)
+        yield Section(event.tier, event.fingerprint, b"".join(event.keys))
