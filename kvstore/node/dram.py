@@ -251,14 +251,19 @@ class DramStore:
 
     # ---- eviction ----
 
+    def begin_demotion(self, entry: Entry) -> None:
+        """It keeps its slot and stays visible until `demoted`."""
+        entry.leases += 1
+        self.demoting[entry.slot] = entry
+
     def demoted(self, entry: Entry) -> None:
-        """The lower tier has it, or could not take it. It leaves, unless it was used meanwhile."""
+        """The lower tier has it, or could not take it. It leaves, unless the policy holds it (again)."""
         del self.demoting[entry.slot]
         entry.leases -= 1
         if entry.dropped:
             self._last_lease_ended(entry)
         elif entry.name in self._policy:
-            pass  # used since: it stays
+            pass  # used since, or never a victim: it stays
         elif self._may_go(entry.name):
             self._remove([entry], "capacity")
         else:
@@ -294,8 +299,7 @@ class DramStore:
             self._policy.forget(name)
             self.tenants.forget(entry.tenant, name)
             if self._demote is not None and self._demote(entry):
-                entry.leases += 1
-                self.demoting[entry.slot] = entry
+                self.begin_demotion(entry)
             else:
                 gone.append(entry)
         self._remove(gone, reason)

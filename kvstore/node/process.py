@@ -79,8 +79,8 @@ class NodeStore:
         self._state = "ready"
 
     async def drain(self) -> None:
-        """Nothing new is stored and nobody attaches; those who read and write may finish, for `drain_timeout_s`.
-        `stop` should follow."""
+        """Nothing new is stored and nobody attaches; those who read and write may finish, then what is in memory goes
+        to disk: all within `drain_timeout_s`. `stop` should follow."""
         if self._service is not None:
             self._service.draining = True
         self._state = "draining"
@@ -91,6 +91,7 @@ class NodeStore:
             async with asyncio.timeout(self._config.drain_timeout_s):
                 while self._held():  # noqa: ASYNC110 (holds also end by time, which no event tells)
                     await asyncio.sleep(DRAIN_POLL_S)
+                await self.parts.tiers.flush()
         except TimeoutError:
             log.warning("drain timed out", extra={"leases": len(self.parts.dram.leases)})
 

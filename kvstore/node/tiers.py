@@ -101,10 +101,31 @@ class Tiers:
         if len(self._dram.demoting) >= MAX_DEMOTING_SHARE * self._dram.slots.count:
             self._metrics.demotion_failures.inc()
             return False
+        self._fall(entry, disk)
+        return True
+
+    async def flush(self) -> None:
+        """Write down what is not on disk yet, so that a restart finds it. Cancelled: at the end of the batch under
+        way."""
+        disk = self._disk
+        if disk is None or disk.health.state is not DiskState.ON:
+            return
+        for entry in reversed(self._dram.entries.values()):
+            if entry.slot not in self._dram.demoting and block_id(entry.name) not in disk:
+                self._dram.begin_demotion(entry)
+                self._fall(entry, disk)
+        try:
+            await self.drain()
+        finally:
+            rest = self._falling[DEMOTION_BLOCKS:]
+            del self._falling[DEMOTION_BLOCKS:]
+            for entry in rest:
+                self._dram.demoted(entry)
+
+    def _fall(self, entry: Entry, disk: DiskTier) -> None:
         if not self._falling:
             self._spawn(self._write_down(disk))
         self._falling.append(entry)
-        return True
 
     async def _write_down(self, disk: DiskTier) -> None:
         """Batches; started with the first victim, so that the rest of its round is in it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -295,6 +296,51 @@ async def test_a_draining_store_takes_nothing_new_and_lets_readers_finish() -> N
         assert not draining.done()
         await client.release(found)
         await draining
+
+
+async def test_a_drain_writes_down_what_is_in_memory(tmp_path: Path) -> None:
+    disk = {"path": str(tmp_path / "kv"), "capacity_bytes": 1 << 22}
+    async with running_store(disk=disk, drain_timeout_s=20) as store, client_of(store) as client:
+        await put(client, keys("a", 12))
+        assert store.parts.tiers.disk is not None
+        assert len(store.parts.tiers.disk) == 0
+        await store.drain()
+        assert len(store.parts.tiers.disk) == len(store.parts.dram.entries) == 12
+        store.parts.dram.check_integrity()
+    async with running_store(disk=disk) as store, client_of(store) as client:
+        assert await get(client, keys("a", 12)) == 12
+
+
+async def test_a_disk_that_fails_costs_blocks_and_no_answer(tmp_path: Path) -> None:
+    disk = {"path": str(tmp_path / "kv"), "capacity_bytes": 1 << 22}
+    async with running_store(num_blocks=4, disk=disk) as store, client_of(store) as client:
+        await put(client, keys("a", 2))
+        await put(client, keys("b", 2))
+        shutil.rmtree(tmp_path / "kv")
+        await put(client, keys("c", 2))
+        await store.parts.tiers.drain()
+        assert store.registry.get_sample_value("pdserve_kvstore_demotion_failures_total") == 2
+        assert await put(client, keys("c", 2)) == 2
+        assert await get(client, keys("c", 2)) == 2
+        assert await get(client, keys("a", 2)) == 0
+        store.parts.dram.check_integrity()
+
+
+async def test_bits_flipped_on_disk_shorten_the_hit_and_are_never_served(tmp_path: Path) -> None:
+    disk = {"path": str(tmp_path / "kv"), "capacity_bytes": 1 << 22}
+    async with running_store(disk=disk, drain_timeout_s=20) as store, client_of(store) as client:
+        await put(client, keys("a", 8))
+        await store.drain()
+    block = pages(keys("a", 8))[5].tobytes()
+    for file in (tmp_path / "kv").iterdir():
+        data = file.read_bytes()
+        at = data.find(block)
+        if at >= 0:
+            file.write_bytes(data[: at + 9] + bytes([data[at + 9] ^ 1]) + data[at + 10 :])
+    async with running_store(disk=disk) as store, client_of(store) as client:
+        assert await get(client, keys("a", 8)) == 5
+        assert store.registry.get_sample_value("pdserve_kvstore_integrity_failures_total", {"tier": "disk"}) == 1
+        store.parts.dram.check_integrity()
 
 
 async def test_a_stopped_store_is_a_lost_peer() -> None:
