@@ -115,6 +115,7 @@ class RedisIndex:
         self._ttl_ms = int(local.lease_s * 1000)
         self._tick_s, self._clock = tick_s, clock
         self._task: asyncio.Task[None] | None = None
+        self._stopping = False
         self._backoff_s = tick_s
 
     # What changes the index
@@ -164,10 +165,13 @@ class RedisIndex:
             self._recovered()
         except FAILURES as error:
             self._failed(error)
+        self._stopping = False
         self._task = asyncio.create_task(self._run(), name="redis-index")
 
     async def stop(self) -> None:
         """Ends the task; what is unwritten stays so (another router, or the next start, publishes in full)."""
+        # The flag too: the client may swallow a cancellation that meets the end of one of its own timeouts.
+        self._stopping = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -183,7 +187,7 @@ class RedisIndex:
         await self._read_awaited()
 
     async def _run(self) -> None:
-        while True:
+        while not self._stopping:
             await asyncio.sleep(self._backoff_s)
             try:
                 await self.flush()
