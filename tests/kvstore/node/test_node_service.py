@@ -343,6 +343,53 @@ async def test_bits_flipped_on_disk_shorten_the_hit_and_are_never_served(tmp_pat
         store.parts.dram.check_integrity()
 
 
+async def test_a_caller_that_leaves_in_mid_promotion_costs_nothing(tmp_path: Path) -> None:
+    disk = {"path": str(tmp_path / "kv"), "capacity_bytes": 1 << 22}
+    async with running_store(disk=disk, drain_timeout_s=20) as store, client_of(store) as client:
+        await put(client, keys("a", 8))
+        await store.drain()
+    async with running_store(disk=disk) as store:
+        dram, tiers = store.parts.dram, store.parts.tiers
+        names = [key + FINGERPRINT for key in keys("a", 8)]
+        caller = asyncio.ensure_future(tiers.lookup(names, "w", "t", lease=True, extends=False, promote=True))
+        for _ in range(5):  # turns of the loop: the read has begun
+            if not len(dram.reservations):
+                await asyncio.sleep(0)
+        assert len(dram.reservations) == 1
+        caller.cancel()
+        await tiers.drain()
+        assert caller.cancelled()
+        assert len(dram.reservations) == len(dram.leases) == 0
+        assert set(dram.entries) == set(names)
+        dram.check_integrity()
+
+
+async def test_two_callers_share_one_promotion(tmp_path: Path) -> None:
+    disk = {"path": str(tmp_path / "kv"), "capacity_bytes": 1 << 22}
+    async with running_store(disk=disk, drain_timeout_s=20) as store, client_of(store) as client:
+        await put(client, keys("a", 8))
+        await store.drain()
+    async with running_store(disk=disk) as store, client_of(store, "a") as a, client_of(store, "b") as b:
+        assert await asyncio.gather(get(a, keys("a", 8)), get(b, keys("a", 8))) == [8, 8]
+        assert store.registry.get_sample_value("pdserve_kvstore_hit_blocks_total", {"tier": "disk"}) == 8
+
+
+async def test_a_block_dropped_on_its_way_down_does_not_come_back(tmp_path: Path) -> None:
+    disk = {"path": str(tmp_path / "kv"), "capacity_bytes": 1 << 22}
+    async with running_store(num_blocks=2, disk=disk) as store, client_of(store) as client:
+        await put(client, keys("a", 1))
+        await put(client, keys("b", 1))
+        dram, tiers = store.parts.dram, store.parts.tiers
+        dram.reserve([keys("c", 1)[0] + FINGERPRINT], "t", "w")
+        assert [entry.key for entry in dram.demoting.values()] == keys("a", 1)
+        assert tiers.drop([keys("a", 1)[0] + FINGERPRINT]) == 1
+        await tiers.drain()
+        assert tiers.disk is not None
+        assert len(tiers.disk) == 0
+        assert await get(client, keys("a", 1)) == 0
+        dram.check_integrity()
+
+
 async def test_a_stopped_store_is_a_lost_peer() -> None:
     async with running_store() as store, client_of(store) as client:
         await put(client, keys("a", 1))
