@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,6 +26,11 @@ CHAINS = {stem: [name(f"{stem[:cut]}{i}" if i < cut else f"{stem}{i}") for i in 
 LIMITS = Limits(high_watermark=0.9, low_watermark=0.6, lease_s=10, max_lease_s=25, reservation_s=20, abandoned_s=100)
 chains = st.sampled_from(sorted(CHAINS))
 lengths = st.integers(1, 4)
+picks = st.integers(0, 5)
+
+
+def pick(held: dict[int, Any], at: int) -> int:
+    return sorted(held)[at % len(held)]
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -69,9 +76,9 @@ class StoreMachine(RuleBasedStateMachine):
             self.offers[offer.reservation_id] = (client, reserved(names, offer), offer, self.clock.now)
 
     @precondition(lambda self: self.offers)
-    @rule(data=st.data(), part=st.booleans())
-    def commit(self, data: Any, part: bool) -> None:
-        number = data.draw(st.sampled_from(sorted(self.offers)))
+    @rule(at=picks, part=st.booleans())
+    def commit(self, at: int, part: bool) -> None:
+        number = pick(self.offers, at)
         client, names, offer, made = self.offers.pop(number)
         digests = fill(self.store, names, Offer(number, (Status.RESERVED,) * len(names), offer.slots))
         if part:
@@ -83,16 +90,16 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.commit(number, client, digests)
 
     @precondition(lambda self: self.offers)
-    @rule(data=st.data())
-    def abort(self, data: Any) -> None:
-        number = data.draw(st.sampled_from(sorted(self.offers)))
+    @rule(at=picks)
+    def abort(self, at: int) -> None:
+        number = pick(self.offers, at)
         self.store.abort(number, self.offers.pop(number)[0])
 
     @precondition(lambda self: self.offers)
-    @rule(data=st.data())
-    def crash_writer(self, data: Any) -> None:
+    @rule(at=picks)
+    def crash_writer(self, at: int) -> None:
         """It writes no more: its offer is forgotten here."""
-        client, *_ = self.offers.pop(data.draw(st.sampled_from(sorted(self.offers))))
+        client, *_ = self.offers.pop(pick(self.offers, at))
         self.dead.add(client)
 
     @rule(stem=chains, length=lengths, lease=st.booleans())
@@ -107,9 +114,9 @@ class StoreMachine(RuleBasedStateMachine):
             self.hits[hit.lease_id] = (names[:expected], hit, self.clock.now, self.clock.now + LIMITS.lease_s)
 
     @precondition(lambda self: self.hits)
-    @rule(data=st.data(), renew=st.booleans())
-    def renew_or_release(self, data: Any, renew: bool) -> None:
-        number = data.draw(st.sampled_from(sorted(self.hits)))
+    @rule(at=picks, renew=st.booleans())
+    def renew_or_release(self, at: int, renew: bool) -> None:
+        number = pick(self.hits, at)
         names, hit, born, until = self.hits[number]
         if not renew:
             self.store.release(number, "reader")
@@ -143,10 +150,10 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.tick()
 
     @precondition(lambda self: self.offers)
-    @rule(data=st.data())
-    def write(self, data: Any) -> None:
+    @rule(at=picks)
+    def write(self, at: int) -> None:
         """However late, a writer touches only its own slots."""
-        _, names, offer, _ = self.offers[data.draw(st.sampled_from(sorted(self.offers)))]
+        _, names, offer, _ = self.offers[pick(self.offers, at)]
         fill(self.store, names, Offer(1, (Status.RESERVED,) * len(names), offer.slots))
 
     @rule(blocks=st.integers(1, 3))
@@ -198,10 +205,49 @@ class StoreMachine(RuleBasedStateMachine):
 def test_the_store_keeps_its_promises(policy: str) -> None:
     machine = type("Machine", (StoreMachine,), {"policy": policy})
     bounds = settings(
-        max_examples=80,
+        max_examples=40,
         stateful_step_count=40,
         deadline=None,
         derandomize=True,
         suppress_health_check=[HealthCheck.too_slow],
     )
     run_state_machine_as_test(machine, settings=bounds)
+
+
+def _random_step(machine: StoreMachine, dice: random.Random) -> None:
+    """Weights for a busy store: hypothesis prefers short runs, in which few blocks ever become visible."""
+    stem, length, at = dice.choice(sorted(CHAINS)), dice.randint(1, 4), dice.randrange(6)
+    steps: list[tuple[float, Callable[[], object]]] = [
+        (5, lambda: machine.reserve(stem, length, dice.choice(["limited", "free"]), dice.random() < 0.3)),
+        (5, lambda: machine.lookup(stem, length, dice.random() < 0.8)),
+        (1, lambda: machine.pin(stem, length, dice.random() < 0.1, dice.choice([0.0, 30.0]))),
+        (1, lambda: machine.drop(stem, length)),
+        (3, lambda: machine.time_passes(dice.choice([0.5, 1.0, 1.0, 6.0, 6.0, 21.0, 120.0]))),
+        (1, machine.tick),
+        (1, lambda: machine.compact(dice.randint(1, 3))),
+        (0.5, lambda: machine.disk_speed(dice.random() < 0.5)),
+    ]
+    if machine.offers:
+        steps += [(9, lambda: machine.commit(at, dice.random() < 0.2)), (1, lambda: machine.abort(at))]
+        steps += [(0.5, lambda: machine.crash_writer(at)), (1, lambda: machine.write(at))]
+    if machine.hits:
+        steps.append((2, lambda: machine.renew_or_release(at, dice.random() < 0.5)))
+    if machine.falling:
+        steps.append((5, machine.disk_done))
+    weights, actions = zip(*steps, strict=True)
+    dice.choices(actions, weights)[0]()
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("seed", range(6))
+def test_long_random_walks_keep_the_promises(policy: str, seed: int) -> None:
+    dice = random.Random(seed)
+    machine = type("Machine", (StoreMachine,), {"policy": policy})()
+    for _ in range(400):
+        _random_step(machine, dice)
+        machine.books_agree()
+        machine.visible_blocks_hold_their_own_bytes()
+        machine.what_is_leased_stays_readable()
+        machine.no_tenant_is_over_its_quota()
+        machine.events_replay_to_the_content()
+    assert len(machine.followed) > 30
