@@ -63,9 +63,9 @@ class NodeStore:
         """Allocate the pool, read what is on disk, serve. Raises `ConfigError`."""
         config = self._config
         self.http_port = await self._status.start()
-        self._pool = SharedMemoryPool(
-            config.num_blocks or config.memory_bytes // config.block_bytes, config.block_bytes
-        )
+        num_blocks = config.num_blocks or config.memory_bytes // config.block_bytes
+        # in a thread: all its pages are allocated now, and probes want answers meanwhile
+        self._pool = await asyncio.to_thread(SharedMemoryPool, num_blocks, config.block_bytes)
         self._wires = Wires(config, self._pool)
         self.parts = await assemble(config, self._pool, self._wires, self._metrics)
         self._service = StoreService(self.parts)
