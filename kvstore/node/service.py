@@ -115,7 +115,7 @@ class StoreService:
             )
         parts.before_attach()
         here = request.host_id == host_id()
-        session = parts.sessions.open(request.client, request.alive_segment if here else "")
+        session = parts.sessions.open(request.client, request.alive_segment if here else "", local=here)
         try:
             yield wire.Attached(
                 session=session.token,
@@ -159,7 +159,7 @@ class StoreService:
     async def reserve(self, request: wire.Reserve) -> wire.Reserved:
         if self.draining:
             raise Draining("this node's store is going away")
-        client = self._parts.sessions.name(request.session)
+        client = self._parts.sessions.name(request.session, to_write=True)
         names = names_of(request.keys, request.fingerprint)
         offer = self._dram.reserve(names, request.tenant, client, extends=request.extends)
         return wire.Reserved(offer.reservation_id, tuple(map(int, offer.statuses)), offer.slots, offer.generations)

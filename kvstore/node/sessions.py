@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from kvstore.transports.segment import open_segment, owner_alive
-from pdserve.errors import TicketRefused
+from pdserve.errors import NotSupported, TicketRefused
 
 
 @dataclass(slots=True)
@@ -19,6 +19,8 @@ class Session:
     client: str
     alive_fd: int | None
     """Of a segment whose lock the client holds while it lives."""
+    local: bool
+    """On this host: only then may it write (see ADR 8)."""
     attached: bool = True
 
     def gone(self) -> bool | None:
@@ -37,13 +39,13 @@ class Sessions:
         """Those attached now."""
         return sum(session.attached for session in self._by_token.values())
 
-    def open(self, client: str, alive_segment: str = "") -> Session:
+    def open(self, client: str, alive_segment: str = "", *, local: bool = True) -> Session:
         """Raises `PeerLost` when the segment is not that of a living process of this user."""
         fd = None
         if alive_segment:
             mapping, fd = open_segment(alive_segment)
             mapping.close()
-        session = Session(secrets.token_bytes(16), client, fd)
+        session = Session(secrets.token_bytes(16), client, fd, local)
         self._by_token[session.token] = session
         return session
 
@@ -51,11 +53,14 @@ class Sessions:
         """Its call ended: nothing more is granted to it; what it holds ends by time."""
         session.attached = False
 
-    def name(self, token: bytes) -> str:
-        """What the pool knows the client as. Raises `TicketRefused` unless it is attached."""
+    def name(self, token: bytes, *, to_write: bool = False) -> str:
+        """What the pool knows the client as. Raises `TicketRefused` unless it is attached, `NotSupported` when it
+        wants to write from another host."""
         session = self._by_token.get(token)
         if session is None or not session.attached:
             raise TicketRefused("no such session here (the store restarted, or the Attach call ended): attach again")
+        if to_write and not session.local:
+            raise NotSupported("a store is written from its own node only: put the blocks in yours")
         return token.hex()
 
     def gone(self, name: str) -> bool | None:

@@ -34,6 +34,7 @@ from pdserve.errors import (
     Draining,
     FingerprintMismatch,
     InvalidRequest,
+    NotSupported,
     PeerLost,
     QuotaExceeded,
     StaleBlock,
@@ -114,9 +115,12 @@ async def test_attach_refuses_other_block_sizes_and_keeps_shared_memory_for_this
     async with running_store() as store, channel_to(store.address) as channel:
         with pytest.raises(FingerprintMismatch):
             await StoreClient.attach(channel, "w", block_bytes=BLOCK_BYTES * 2)
-        far = await anext(channel.stream(wire.ATTACH, wire.Attach("far", "another host")))
+        stream = channel.stream(wire.ATTACH, wire.Attach("far", "another host"))
+        far = await anext(stream)
         assert far.segment == ""
         assert set(far.memory) == {"tcp"}
+        with pytest.raises(NotSupported):  # nobody could tell whether it still writes
+            await channel.call(wire.RESERVE, wire.Reserve(far.session, FINGERPRINT, tuple(keys("a", 1))), timeout_s=5)
 
 
 class _Context:
