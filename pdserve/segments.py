@@ -59,18 +59,17 @@ class SegmentEncoder:
 
 def segment_encoder(backend: tokenizers.Tokenizer) -> SegmentEncoder | None:
     """None when cutting at special tokens would not be exact for this tokenizer."""
-    layout = json.loads(backend.to_str())
-    tokens = layout["added_tokens"]
-    movable = any(t["single_word"] or t["lstrip"] or t["rstrip"] or t["normalized"] for t in tokens)
-    if not tokens or movable or layout["normalizer"] is not None or not _is_local(layout["pre_tokenizer"]):
+    tokens = backend.get_added_tokens_decoder()
+    movable = any(t.single_word or t.lstrip or t.rstrip or t.normalized for t in tokens.values())
+    if not tokens or movable or backend.normalizer is not None or backend.pre_tokenizer is None:
         return None
-    return SegmentEncoder(backend, {t["content"]: t["id"] for t in tokens})
+    if not _is_local(json.loads(backend.pre_tokenizer.__getstate__())):
+        return None
+    return SegmentEncoder(backend, {token.content: token_id for token_id, token in tokens.items()})
 
 
-def _is_local(pre_tokenizer: dict[str, Any] | None) -> bool:
-    """Whether a piece is cut alike wherever it stands."""
-    if pre_tokenizer is None:
-        return False
+def _is_local(pre_tokenizer: dict[str, Any]) -> bool:
+    """Whether a piece is cut alike wherever it stands, by the pre-tokenizer's own description."""
     kind = pre_tokenizer["type"]
     if kind == "Sequence":
         return all(_is_local(part) for part in pre_tokenizer["pretokenizers"])

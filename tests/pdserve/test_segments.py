@@ -13,6 +13,7 @@ from pdserve.segments import SegmentEncoder, segment_encoder
 from pdserve.tokens import Tokenizer
 
 _TOKENIZER = Tokenizer.load(resolve("embedded").path)
+_ENCODER = segment_encoder(_TOKENIZER.backend)
 _SPECIAL = [token.content for token in _TOKENIZER.backend.get_added_tokens_decoder().values()]
 _pieces = st.sampled_from([*_SPECIAL, " ", "\n", "  12", "user\nhello", "<|im_", "start|>", "é", "日本", "a"])
 _texts = st.lists(_pieces | st.text(max_size=8), max_size=12).map("".join)
@@ -20,11 +21,10 @@ _texts = st.lists(_pieces | st.text(max_size=8), max_size=12).map("".join)
 
 @given(_texts.filter(lambda text: text.encode("utf-8", "ignore").decode() == text))
 def test_pieces_give_the_ids_of_the_whole(text: str) -> None:
-    encoder = segment_encoder(_TOKENIZER.backend)
-    assert encoder is not None
+    assert _ENCODER is not None
     whole = _TOKENIZER.backend.encode(text, add_special_tokens=False).ids
-    assert encoder.encode(text) == whole
-    assert encoder.encode(text) == whole, "and again, from memory"
+    assert _ENCODER.encode(text) == whole
+    assert _ENCODER.encode(text) == whole, "and again, from memory"
 
 
 def test_a_known_turn_is_not_encoded_again() -> None:
