@@ -1,4 +1,4 @@
-"""`python -m kvstore`: arguments, signals, exit codes; the same as a worker's."""
+"""`python -m kvstore`: start, announce, drain, end; the same way as a worker."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pdserve.errors import ConfigError, PdserveError
 from pdserve.logs import set_up_logs
 from pdserve.process import EXIT_FAILED, announce, catch_signals, drain, first, parse_options, refuse
 
+PROG = "kvstore"
+
 log = logging.getLogger("pdserve.kvstore")
 
 
@@ -21,19 +23,19 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM (drains; a second signal ends at once) or a failure. Returns the exit code: 0 after a
     drain, 1 when the store failed, 2 for a config error."""
     options = parse_options(
-        "kvstore",
+        PROG,
         "The KV store of one node: a pool in shared memory, and a disk tier below it.",
-        ready=("address", "http_port", "node"),
+        ready=("address", "http_port", "node", "num_blocks"),
         example="block_bytes=368640",
         arguments=arguments,
     )
     try:
         config = load(KvstoreConfig, options.config, dict(parse_override(text) for text in options.set))
-        set_up_logs(config.log_level, role="kvstore")
+        set_up_logs(config.log_level, role=PROG)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(config))
     except ConfigError as error:
-        return refuse("kvstore", error.key, error.message)
+        return refuse(PROG, error.key, error.message)
 
 
 async def _serve(config: KvstoreConfig) -> int:
@@ -42,12 +44,16 @@ async def _serve(config: KvstoreConfig) -> int:
     stopping = asyncio.ensure_future(signals.get())
     try:
         await store.start()
-        _announce(store)
+        announce(
+            address=store.address,
+            http_port=store.http_port,
+            node=store.parts.node,
+            num_blocks=store.parts.pool.num_blocks,
+        )
         await first(stopping, store.failed)
-        if store.failed.done():
-            return EXIT_FAILED
-        await drain(store.drain(), signals)
-        return 0
+        if not store.failed.done():
+            await drain(store.drain(), signals, store.failed)
+        return EXIT_FAILED if store.failed.done() else 0
     except PdserveError as error:
         if isinstance(error, ConfigError):
             raise
@@ -56,12 +62,3 @@ async def _serve(config: KvstoreConfig) -> int:
     finally:
         stopping.cancel()
         await store.stop()
-
-
-def _announce(store: NodeStore) -> None:
-    announce(
-        address=store.address,
-        http_port=store.http_port,
-        node=store.parts.node,
-        num_blocks=store.parts.pool.num_blocks,
-    )
