@@ -32,5 +32,5 @@ def is_aligned(data: memoryview) -> bool:
     """Whether O_DIRECT can use `data` as it stands."""
     if len(data) % PAGE or not len(data):
         return False
-    address: int = np.frombuffer(data, np.uint8).ctypes.data
+    address: int = np.frombuffer(data, np.uint8).__array_interface__["data"][0]  # a third of `.ctypes.data`'s time
     return address % PAGE == 0

@@ -117,14 +117,14 @@ def decode_header(page: memoryview) -> Header:
     return Header(record, payload_digest, magic == _LIVE)
 
 
-def verify(record: Record, page: memoryview, payload: memoryview) -> None:
-    """Raises `RecordInvalid` unless `page` is the header of exactly this record and `payload` its bytes."""
+def verify(record: Record, page: memoryview, payload_digest: bytes) -> None:
+    """Raises `RecordInvalid` unless `page` is the header of exactly this record, and the digest its payload's."""
     header = decode_header(page)
     if header.record != record:
         raise RecordInvalid("other_record")
     if not header.live:
         raise RecordInvalid("erased")
-    if digest(payload) != header.payload_digest:
+    if payload_digest != header.payload_digest:
         raise RecordInvalid("payload_digest")
 
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import xxhash
 
 from kvstore.disk.buffers import aligned, is_aligned
 from kvstore.disk.folder import Folder
@@ -32,10 +35,10 @@ from kvstore.disk.record import (
 
 log = logging.getLogger(__name__)
 
-RUN_BYTES = 4 << 20
+RUN_BYTES = 1 << 20
 """Of a run, the neighbouring records that one system call moves: large enough to hide the call, small enough that a
-batch keeps all threads busy, some hashing while others wait for the disk."""
-RUN_RECORDS = 256
+request keeps all threads busy to its end, some hashing while others wait for the disk."""
+RUN_RECORDS = 128
 """Three buffers each (header, payload, padding), and the kernel takes 1024 a call (IOV_MAX)."""
 
 
@@ -159,8 +162,11 @@ class Segment:
     def _read_run(self, run: Sequence[Transfer]) -> list[RecordInvalid | None]:
         """The hot path: one call for the run, straight into the caller's memory when that suits the disk, and a digest
         over what came."""
-        headers = aligned(PAGE * (len(run) + 1))
-        spare = headers[PAGE * len(run) :]
+        first = run[0]
+        if first.record.length > RUN_BYTES and (not self._direct or is_aligned(first.data)):
+            return [self._read_large(first)]
+        headers = _headers()
+        spare = headers[PAGE * len(run) :][:PAGE]
         direct = [not self._direct or is_aligned(t.data) for t in run]
         targets = [t.data if plain else aligned(t.record.length) for t, plain in zip(run, direct, strict=True)]
         parts: list[memoryview] = []
@@ -175,8 +181,26 @@ class Segment:
         for i, (transfer, target) in enumerate(zip(run, targets, strict=True)):
             if target is not transfer.data:
                 transfer.data[:] = target[: transfer.record.length]
-            found.append(_judge(transfer, headers[i * PAGE : (i + 1) * PAGE], end))
+            if transfer.record.end > end:
+                found.append(RecordInvalid("truncated"))
+            else:
+                page = headers[i * PAGE : (i + 1) * PAGE]
+                found.append(_judge(transfer.record, page, digest(transfer.data)))
         return found
+
+    def _read_large(self, transfer: Transfer) -> RecordInvalid | None:
+        """In pieces, each hashed while other threads' pieces come in. A run of one record, by its size."""
+        record, page, hasher = transfer.record, _headers()[:PAGE], xxhash.xxh3_128()
+        if os.preadv(self._data, [page], record.offset) < PAGE:
+            return RecordInvalid("truncated")
+        at = 0
+        while at < record.length:
+            piece = transfer.data[at : at + RUN_BYTES]
+            if os.preadv(self._data, [piece], record.offset + PAGE + at) < len(piece):
+                return RecordInvalid("truncated")
+            hasher.update(piece)
+            at += len(piece)
+        return _judge(record, page, hasher.digest())
 
     def erase(self, record: Record) -> None:
         """Void a record's header, and its state in the footer: a restart must not find it."""
@@ -217,14 +241,23 @@ class Segment:
         os.close(self._plain)
 
 
-def _judge(transfer: Transfer, page: memoryview, end: int) -> RecordInvalid | None:
-    if transfer.record.end > end:
-        return RecordInvalid("truncated")
+def _judge(record: Record, page: memoryview, payload_digest: bytes) -> RecordInvalid | None:
     try:
-        verify(transfer.record, page, transfer.data)
+        verify(record, page, payload_digest)
     except RecordInvalid as invalid:
         return invalid
     return None
+
+
+_scratch = threading.local()
+
+
+def _headers() -> memoryview:
+    """A thread's own memory for headers and padding: mapping it anew for each read costs more than a small read."""
+    if not hasattr(_scratch, "headers"):
+        _scratch.headers = aligned(PAGE * (RUN_RECORDS + 1))
+    found: memoryview = _scratch.headers
+    return found
 
 
 def _write_all(fd: int, parts: list[memoryview], offset: int) -> None:

@@ -117,22 +117,20 @@ class Writer:
         return len(whole)
 
     def _write_runs(self, segment: Segment, placed: list[Transfer]) -> tuple[list[Record], OSError | None]:
-        """The records that were written whole, and the first error."""
+        """The records up to the first that could not be written, and the error."""
         parts = list(runs(placed))
         errors = self._pool.run([partial(_attempt, segment, run) for run in parts])
-        whole = [t.record for run, error in zip(parts, errors, strict=True) if error is None for t in run]
-        first = next((error for error in errors if error is not None), None)
-        if first is not None:
-            self._undo(segment, placed, whole)
-        return whole, first
+        first = next((i for i, error in enumerate(errors) if error is not None), len(parts))
+        whole = [transfer.record for run in parts[:first] for transfer in run]
+        if first == len(parts):
+            return whole, None
+        self._undo(segment, whole[-1].end if whole else placed[0].record.offset)
+        return whole, errors[first]
 
-    def _undo(self, segment: Segment, placed: list[Transfer], whole: list[Record]) -> None:
-        """Give back the room of what was not written, so that a full disk gets its bytes back."""
-        end = max((record.end for record in whole), default=placed[0].record.offset)
+    def _undo(self, segment: Segment, end: int) -> None:
+        """Give back the room behind `end`, what was written there included, so that a full disk gets its bytes back."""
         try:
             segment.rewind(end)
-            for record in {t.record for t in placed if t.record.end <= end} - set(whole):
-                segment.erase(record)
         except OSError as error:
             log.warning("could not undo a failed write (%s): the next start's scan will", error.strerror)
 
