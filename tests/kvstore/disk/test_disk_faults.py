@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import resource
 import shutil
@@ -297,6 +298,27 @@ def test_each_flipped_byte_of_a_header_and_of_a_payload_is_caught(tmp_path: Path
     assert len(recorder.corrupt_reasons) == len(offsets)
     assert {reason for _, reason in recorder.removed_ids} == {"corrupt"}
     tier.check_integrity()
+    tier.close()
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
+@pytest.mark.parametrize("nbytes", [3 << 20, (3 << 20) + 5000])
+def test_large_blocks_are_checked_to_their_last_byte(tmp_path: Path, direct: bool, nbytes: int) -> None:
+    tier = DiskTier(tmp_path, options(capacity=1 << 28, block=nbytes, direct=direct))
+    into = np.frombuffer(mmap.mmap(-1, nbytes), dtype=np.uint8)
+    put(tier, range(4), nbytes)
+    assert tier.get(block_id(0), into)
+    assert np.array_equal(into, content(0, nbytes))
+    [path] = files(tmp_path)
+    for n, offset in enumerate((HEADER_BYTES - 1, PAGE, PAGE + (2 << 20), PAGE + nbytes - 1)):
+        flip(path, n * record_bytes(nbytes) + offset)
+        with pytest.raises(DiskBlockCorrupt, match="digest"):
+            tier.get(block_id(n), into)
+    for n, end in enumerate((PAGE // 2, PAGE + (1 << 20), record_bytes(nbytes) - PAGE), start=10):
+        put(tier, [n], nbytes)
+        os.truncate(path, path.stat().st_size - record_bytes(nbytes) + end)
+        with pytest.raises(DiskBlockCorrupt, match="truncated"):
+            tier.get(block_id(n), into)
     tier.close()
 
 
