@@ -3,10 +3,10 @@
     make bench-peers && .venv/bin/python benchmarks/router.py --json
 
 Every router stands before a fleet of fake engines with equal timing: ours before 2 prefill + 2 decode fakes that speak
-its session protocol (tools/fake_fleet.py), the peers before fake OpenAI workers (tools/fakew.c). One load generator (tools/lg.c) drives all,
-peer after peer, round after round; figures are medians over the rounds. CPU is that of the router's processes, from
-/proc: on shared machines it is steadier than any rate. Both sides of every connection have TCP_NODELAY or quick acks
-(QA=1), so that peers which forget TCP_NODELAY are not charged with 40 ms stalls.
+its session protocol (tools/fake_fleet.py), the peers before fake OpenAI workers (tools/fakew.c). One load generator
+(tools/lg.c) drives all, peer after peer, round after round; figures are medians over the rounds. CPU is that of the
+router's processes, from /proc: on shared machines it is steadier than any rate. Both sides of every connection have
+TCP_NODELAY or quick acks (QA=1), so that peers which forget TCP_NODELAY are not charged with 40 ms stalls.
 """
 
 from __future__ import annotations
