@@ -96,7 +96,7 @@ class Tiers:
     def demote(self, entry: Entry) -> bool:
         """`DramStore`'s `Demote`."""
         disk = self._disk
-        if disk is None or disk.health.state is not DiskState.ON or block_id(entry.name) in disk:
+        if disk is None or not disk.ready or block_id(entry.name) in disk:
             return False
         if len(self._dram.demoting) >= MAX_DEMOTING_SHARE * self._dram.slots.count:
             self._metrics.demotion_failures.inc()
@@ -108,7 +108,7 @@ class Tiers:
         """Write down what is not on disk yet, so that a restart finds it. Cancelled: at the end of the batch under
         way."""
         disk = self._disk
-        if disk is None or disk.health.state is not DiskState.ON:
+        if disk is None or not disk.ready:
             return
         for entry in reversed(self._dram.entries.values()):
             if entry.slot not in self._dram.demoting and block_id(entry.name) not in disk:
