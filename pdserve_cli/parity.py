@@ -132,6 +132,7 @@ async def _run(arguments: argparse.Namespace) -> Report:
         _say(f"cell {asdict(cell)} ...")
         await _run_cell(arguments, cell, cases, alone, wrong, report)
         report.cells += 1
+        _say(f"{len(cases) - len(wrong)} of {len(cases)} identical so far")
     report.identical_single = len(cases) - len(wrong)
     report.mismatches = [wrong[index] for index in sorted(wrong)][:10]
     if not arguments.no_reference and arguments.engine != "sim":
