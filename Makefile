@@ -4,7 +4,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 SETUP = $(VENV)/.ready
 
-.PHONY: setup up test lint proto test-vllm bench-smoke bench-peers parity-full clean
+.PHONY: setup up test lint proto docs test-wheel test-vllm parity-slice parity-full bench-peers bench-smoke
 
 setup: $(SETUP)
 

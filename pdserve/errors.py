@@ -40,8 +40,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-LEGS = ("router", "prefill", "transfer", "decode")
-
 
 class PdserveError(Exception):
     """Base of all; not raised itself."""

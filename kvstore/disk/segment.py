@@ -230,11 +230,6 @@ class Segment:
     def sync(self) -> None:
         os.fsync(self._plain)
 
-    def drop_cache(self) -> None:
-        """Ask the kernel to forget its cached pages, so that the next read comes from the disk."""
-        os.fsync(self._plain)
-        os.posix_fadvise(self._plain, 0, 0, os.POSIX_FADV_DONTNEED)
-
     def close(self) -> None:
         if self._data != self._plain:
             os.close(self._data)

@@ -87,10 +87,6 @@ class SlotAllocator:
                 length += self._drop(start)
             self._add(start, length)
 
-    def free_runs(self) -> list[tuple[int, int]]:
-        """(first slot, length), ascending."""
-        return sorted(self._length.items())
-
     @property
     def largest_run(self) -> int:
         return self._sizes[-1][0] if self._sizes else 0

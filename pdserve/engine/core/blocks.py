@@ -39,10 +39,6 @@ class BlockManager:
         """First to be reused first: blocks without a key, then the least recently used."""
 
     @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    @property
     def num_available(self) -> int:
         """Free and not reserved."""
         return len(self._free) - self.num_reserved
