@@ -248,6 +248,8 @@ class WorkerInfo:
     """Equal on two workers exactly if they can share memory."""
     labels: tuple[tuple[str, str], ...] = ()
     """Topology: node, rack, RDMA group."""
+    store_address: str = ""
+    """host:port of the node's KV store; empty: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +331,21 @@ class PromptStats:
     num_prompt_tokens: int
     num_cached_tokens: int
     """Of these, how many were found in a cache instead of computed."""
+    num_fetched_tokens: int = 0
+    """Of the cached, how many were brought from a store (DRAM, disk, a peer) for this request."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheDelta:
+    """What changed in an engine's prefix cache: block keys. `removed` comes before `stored`; `reset`: whatever was
+    known before is void."""
+
+    stored: tuple[bytes, ...] = ()
+    removed: tuple[bytes, ...] = ()
+    reset: bool = False
+
+    def __bool__(self) -> bool:
+        return self.reset or bool(self.stored or self.removed)
 
 
 @dataclass(slots=True)

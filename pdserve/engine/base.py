@@ -61,12 +61,31 @@ class ExportedChunk:
     final: bool
 
 
+@dataclass(frozen=True, slots=True)
+class PublishedBlocks:
+    """Neighbouring full blocks of one request's chain that its engine's prefix cache took up. Nothing holds them: who
+    copies them out compares the generations before and after.
+
+    `blocks` are numbers in hand-over memory, empty in an engine whose cache lies elsewhere (on a device).
+    """
+
+    handle: int
+    first_block: int
+    """Position of the first one in the request's chain."""
+    keys: tuple[bytes, ...]
+    blocks: tuple[int, ...] = ()
+    generations: tuple[int, ...] = ()
+
+
 @dataclass(slots=True)
 class StepResult:
-    """One step: tokens, ends and logprobs (`output`), and the chunks that became exportable."""
+    """One step: tokens, ends and logprobs (`output`), the chunks that became exportable, and what the prefix cache took
+    up and gave up (keys)."""
 
     output: StepOutput = field(default_factory=StepOutput)
     exports: list[ExportedChunk] = field(default_factory=list)
+    published: list[PublishedBlocks] = field(default_factory=list)
+    evicted: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

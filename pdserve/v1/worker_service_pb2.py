@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from pdserve.v1 import common_pb2 as pdserve_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpdserve/v1/worker_service.proto\x12\npdserve.v1\x1a\x17pdserve/v1/common.proto\"\xbe\x03\n\x0bWorkerHello\x12\x14\n\x0cprotocol_min\x18\x01 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x02 \x01(\r\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x06\x12\x1e\n\x04role\x18\x05 \x01(\x0e\x32\x10.pdserve.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12$\n\x05model\x18\x07 \x01(\x0b\x32\x15.pdserve.v1.ModelInfo\x12\x13\n\x0b\x66ingerprint\x18\x08 \x01(\x0c\x12\x14\n\x0c\x62lock_tokens\x18\t \x01(\r\x12\x12\n\nnum_blocks\x18\n \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\r\x12&\n\x04rank\x18\x0c \x01(\x0b\x32\x18.pdserve.v1.ParallelRank\x12\x12\n\ntransports\x18\r \x03(\t\x12\x0f\n\x07host_id\x18\x0e \x01(\t\x12\x33\n\x06labels\x18\x0f \x03(\x0b\x32#.pdserve.v1.WorkerHello.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"a\n\x0bRouterHello\x12\x14\n\x0cprotocol_min\x18\x01 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x02 \x01(\r\x12\x11\n\trouter_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x06\"\xb0\x01\n\rRouterMessage\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x17.pdserve.v1.RouterHello\x12+\n\x0bsubmissions\x18\x02 \x03(\x0b\x32\x16.pdserve.v1.Submission\x12\x0f\n\x07\x63\x61ncels\x18\x03 \x01(\x0c\x12\x16\n\x0e\x63hoice_cancels\x18\x04 \x01(\x0c\x12!\n\x06relays\x18\x05 \x03(\x0b\x32\x11.pdserve.v1.Relay\"\xdf\x02\n\nSubmission\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12 \n\x05phase\x18\x03 \x01(\x0e\x32\x11.pdserve.v1.Phase\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0c\n\x04lora\x18\x05 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x06 \x01(\x0c\x12*\n\x06params\x18\x07 \x01(\x0b\x32\x1a.pdserve.v1.SamplingParams\x12\x12\n\ncache_root\x18\x08 \x01(\x0c\x12\x12\n\nblock_keys\x18\t \x01(\x0c\x12.\n\x10output_token_ids\x18\n \x03(\x0b\x32\x14.pdserve.v1.TokenIds\x12\x15\n\rdeterministic\x18\x0b \x01(\x08\x12\x12\n\ntimeout_ms\x18\x0c \x01(\r\x12\x10\n\x08priority\x18\r \x01(\x05\x12\x13\n\x0btraceparent\x18\x0e \x01(\t\"d\n\x05Relay\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x11\n\tmanifests\x18\x03 \x03(\x0c\x12(\n\x07outputs\x18\x04 \x03(\x0b\x32\x17.pdserve.v1.FirstOutput\"2\n\x0b\x46irstOutput\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\"\x89\x01\n\rWorkerMessage\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x17.pdserve.v1.WorkerHello\x12\x1e\n\x04step\x18\x02 \x01(\x0b\x32\x10.pdserve.v1.Step\x12\x1e\n\x04load\x18\x03 \x01(\x0b\x32\x10.pdserve.v1.Load\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\"\xff\x01\n\x04Step\x12\x0f\n\x07handles\x18\x01 \x01(\x0c\x12\x15\n\rfirst_indexes\x18\x02 \x01(\x0c\x12\x0e\n\x06\x63ounts\x18\x03 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12$\n\x08\x66inishes\x18\x05 \x03(\x0b\x32\x12.pdserve.v1.Finish\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.pdserve.v1.TokenLogprobs\x12(\n\x07prompts\x18\x07 \x03(\x0b\x32\x17.pdserve.v1.PromptStats\x12/\n\rannouncements\x18\x08 \x03(\x0b\x32\x18.pdserve.v1.Announcement\"\xb3\x01\n\x06\x46inish\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12\x19\n\x11num_output_tokens\x18\x03 \x01(\r\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12&\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x17.pdserve.v1.ErrorDetailB\x10\n\x0e_stop_token_id\"t\n\rTokenLogprobs\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x0f\n\x07top_ids\x18\x05 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x06 \x01(\x0c\"S\n\x0bPromptStats\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\"A\n\x0c\x41nnouncement\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x11\n\tmanifests\x18\x03 \x03(\x0c\"\x8f\x02\n\x04Load\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x03 \x01(\r\x12\x18\n\x10num_total_blocks\x18\x04 \x01(\r\x12\x1b\n\x13num_exported_blocks\x18\x05 \x01(\r\x12\"\n\x1anum_prefill_tokens_waiting\x18\x06 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x07 \x01(\x04\x12\x1c\n\x14prefix_cache_queries\x18\x08 \x01(\x04\x12\x19\n\x11prefix_cache_hits\x18\t \x01(\x04\x12\x17\n\x0fkv_bytes_pulled\x18\n \x01(\x04\x32T\n\rWorkerService\x12\x43\n\x07Session\x12\x19.pdserve.v1.RouterMessage\x1a\x19.pdserve.v1.WorkerMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpdserve/v1/worker_service.proto\x12\npdserve.v1\x1a\x17pdserve/v1/common.proto\"\xd5\x03\n\x0bWorkerHello\x12\x14\n\x0cprotocol_min\x18\x01 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x02 \x01(\r\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x06\x12\x1e\n\x04role\x18\x05 \x01(\x0e\x32\x10.pdserve.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12$\n\x05model\x18\x07 \x01(\x0b\x32\x15.pdserve.v1.ModelInfo\x12\x13\n\x0b\x66ingerprint\x18\x08 \x01(\x0c\x12\x14\n\x0c\x62lock_tokens\x18\t \x01(\r\x12\x12\n\nnum_blocks\x18\n \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\r\x12&\n\x04rank\x18\x0c \x01(\x0b\x32\x18.pdserve.v1.ParallelRank\x12\x12\n\ntransports\x18\r \x03(\t\x12\x0f\n\x07host_id\x18\x0e \x01(\t\x12\x33\n\x06labels\x18\x0f \x03(\x0b\x32#.pdserve.v1.WorkerHello.LabelsEntry\x12\x15\n\rstore_address\x18\x10 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"a\n\x0bRouterHello\x12\x14\n\x0cprotocol_min\x18\x01 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x02 \x01(\r\x12\x11\n\trouter_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x06\"\xb0\x01\n\rRouterMessage\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x17.pdserve.v1.RouterHello\x12+\n\x0bsubmissions\x18\x02 \x03(\x0b\x32\x16.pdserve.v1.Submission\x12\x0f\n\x07\x63\x61ncels\x18\x03 \x01(\x0c\x12\x16\n\x0e\x63hoice_cancels\x18\x04 \x01(\x0c\x12!\n\x06relays\x18\x05 \x03(\x0b\x32\x11.pdserve.v1.Relay\"\xf5\x02\n\nSubmission\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12 \n\x05phase\x18\x03 \x01(\x0e\x32\x11.pdserve.v1.Phase\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0c\n\x04lora\x18\x05 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x06 \x01(\x0c\x12*\n\x06params\x18\x07 \x01(\x0b\x32\x1a.pdserve.v1.SamplingParams\x12\x12\n\ncache_root\x18\x08 \x01(\x0c\x12\x12\n\nblock_keys\x18\t \x01(\x0c\x12.\n\x10output_token_ids\x18\n \x03(\x0b\x32\x14.pdserve.v1.TokenIds\x12\x15\n\rdeterministic\x18\x0b \x01(\x08\x12\x12\n\ntimeout_ms\x18\x0c \x01(\r\x12\x10\n\x08priority\x18\r \x01(\x05\x12\x13\n\x0btraceparent\x18\x0e \x01(\t\x12\x14\n\x0cprefix_store\x18\x0f \x01(\t\"d\n\x05Relay\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x11\n\tmanifests\x18\x03 \x03(\x0c\x12(\n\x07outputs\x18\x04 \x03(\x0b\x32\x17.pdserve.v1.FirstOutput\"2\n\x0b\x46irstOutput\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\"\xb0\x01\n\rWorkerMessage\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x17.pdserve.v1.WorkerHello\x12\x1e\n\x04step\x18\x02 \x01(\x0b\x32\x10.pdserve.v1.Step\x12\x1e\n\x04load\x18\x03 \x01(\x0b\x32\x10.pdserve.v1.Load\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12%\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x16.pdserve.v1.CacheDelta\"<\n\nCacheDelta\x12\r\n\x05reset\x18\x01 \x01(\x08\x12\x0e\n\x06stored\x18\x02 \x01(\x0c\x12\x0f\n\x07removed\x18\x03 \x01(\x0c\"\xff\x01\n\x04Step\x12\x0f\n\x07handles\x18\x01 \x01(\x0c\x12\x15\n\rfirst_indexes\x18\x02 \x01(\x0c\x12\x0e\n\x06\x63ounts\x18\x03 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12$\n\x08\x66inishes\x18\x05 \x03(\x0b\x32\x12.pdserve.v1.Finish\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.pdserve.v1.TokenLogprobs\x12(\n\x07prompts\x18\x07 \x03(\x0b\x32\x17.pdserve.v1.PromptStats\x12/\n\rannouncements\x18\x08 \x03(\x0b\x32\x18.pdserve.v1.Announcement\"\xb3\x01\n\x06\x46inish\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12\x19\n\x11num_output_tokens\x18\x03 \x01(\r\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12&\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x17.pdserve.v1.ErrorDetailB\x10\n\x0e_stop_token_id\"t\n\rTokenLogprobs\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x0f\n\x07top_ids\x18\x05 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x06 \x01(\x0c\"o\n\x0bPromptStats\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\x12\x1a\n\x12num_fetched_tokens\x18\x04 \x01(\r\"A\n\x0c\x41nnouncement\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x11\n\tmanifests\x18\x03 \x03(\x0c\"\x8f\x02\n\x04Load\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x03 \x01(\r\x12\x18\n\x10num_total_blocks\x18\x04 \x01(\r\x12\x1b\n\x13num_exported_blocks\x18\x05 \x01(\r\x12\"\n\x1anum_prefill_tokens_waiting\x18\x06 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x07 \x01(\x04\x12\x1c\n\x14prefix_cache_queries\x18\x08 \x01(\x04\x12\x19\n\x11prefix_cache_hits\x18\t \x01(\x04\x12\x17\n\x0fkv_bytes_pulled\x18\n \x01(\x04\x32T\n\rWorkerService\x12\x43\n\x07Session\x12\x19.pdserve.v1.RouterMessage\x1a\x19.pdserve.v1.WorkerMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,33 +35,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERHELLO_LABELSENTRY']._loaded_options = None
   _globals['_WORKERHELLO_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_WORKERHELLO']._serialized_start=73
-  _globals['_WORKERHELLO']._serialized_end=519
-  _globals['_WORKERHELLO_LABELSENTRY']._serialized_start=474
-  _globals['_WORKERHELLO_LABELSENTRY']._serialized_end=519
-  _globals['_ROUTERHELLO']._serialized_start=521
-  _globals['_ROUTERHELLO']._serialized_end=618
-  _globals['_ROUTERMESSAGE']._serialized_start=621
-  _globals['_ROUTERMESSAGE']._serialized_end=797
-  _globals['_SUBMISSION']._serialized_start=800
-  _globals['_SUBMISSION']._serialized_end=1151
-  _globals['_RELAY']._serialized_start=1153
-  _globals['_RELAY']._serialized_end=1253
-  _globals['_FIRSTOUTPUT']._serialized_start=1255
-  _globals['_FIRSTOUTPUT']._serialized_end=1305
-  _globals['_WORKERMESSAGE']._serialized_start=1308
-  _globals['_WORKERMESSAGE']._serialized_end=1445
-  _globals['_STEP']._serialized_start=1448
-  _globals['_STEP']._serialized_end=1703
-  _globals['_FINISH']._serialized_start=1706
-  _globals['_FINISH']._serialized_end=1885
-  _globals['_TOKENLOGPROBS']._serialized_start=1887
-  _globals['_TOKENLOGPROBS']._serialized_end=2003
-  _globals['_PROMPTSTATS']._serialized_start=2005
-  _globals['_PROMPTSTATS']._serialized_end=2088
-  _globals['_ANNOUNCEMENT']._serialized_start=2090
-  _globals['_ANNOUNCEMENT']._serialized_end=2155
-  _globals['_LOAD']._serialized_start=2158
-  _globals['_LOAD']._serialized_end=2429
-  _globals['_WORKERSERVICE']._serialized_start=2431
-  _globals['_WORKERSERVICE']._serialized_end=2515
+  _globals['_WORKERHELLO']._serialized_end=542
+  _globals['_WORKERHELLO_LABELSENTRY']._serialized_start=497
+  _globals['_WORKERHELLO_LABELSENTRY']._serialized_end=542
+  _globals['_ROUTERHELLO']._serialized_start=544
+  _globals['_ROUTERHELLO']._serialized_end=641
+  _globals['_ROUTERMESSAGE']._serialized_start=644
+  _globals['_ROUTERMESSAGE']._serialized_end=820
+  _globals['_SUBMISSION']._serialized_start=823
+  _globals['_SUBMISSION']._serialized_end=1196
+  _globals['_RELAY']._serialized_start=1198
+  _globals['_RELAY']._serialized_end=1298
+  _globals['_FIRSTOUTPUT']._serialized_start=1300
+  _globals['_FIRSTOUTPUT']._serialized_end=1350
+  _globals['_WORKERMESSAGE']._serialized_start=1353
+  _globals['_WORKERMESSAGE']._serialized_end=1529
+  _globals['_CACHEDELTA']._serialized_start=1531
+  _globals['_CACHEDELTA']._serialized_end=1591
+  _globals['_STEP']._serialized_start=1594
+  _globals['_STEP']._serialized_end=1849
+  _globals['_FINISH']._serialized_start=1852
+  _globals['_FINISH']._serialized_end=2031
+  _globals['_TOKENLOGPROBS']._serialized_start=2033
+  _globals['_TOKENLOGPROBS']._serialized_end=2149
+  _globals['_PROMPTSTATS']._serialized_start=2151
+  _globals['_PROMPTSTATS']._serialized_end=2262
+  _globals['_ANNOUNCEMENT']._serialized_start=2264
+  _globals['_ANNOUNCEMENT']._serialized_end=2329
+  _globals['_LOAD']._serialized_start=2332
+  _globals['_LOAD']._serialized_end=2603
+  _globals['_WORKERSERVICE']._serialized_start=2605
+  _globals['_WORKERSERVICE']._serialized_end=2689
 # @@protoc_insertion_point(module_scope)

@@ -50,6 +50,7 @@ class WorkerHello(google.protobuf.message.Message):
     TRANSPORTS_FIELD_NUMBER: builtins.int
     HOST_ID_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
+    STORE_ADDRESS_FIELD_NUMBER: builtins.int
     protocol_min: builtins.int
     protocol_max: builtins.int
     worker_id: builtins.str
@@ -61,6 +62,8 @@ class WorkerHello(google.protobuf.message.Message):
     num_blocks: builtins.int
     max_num_seqs: builtins.int
     host_id: builtins.str
+    store_address: builtins.str
+    """host:port of this node's KvStoreService; empty: none"""
     @property
     def model(self) -> pdserve.v1.common_pb2.ModelInfo: ...
     @property
@@ -87,9 +90,10 @@ class WorkerHello(google.protobuf.message.Message):
         transports: collections.abc.Iterable[builtins.str] | None = ...,
         host_id: builtins.str = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        store_address: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["model", b"model", "rank", b"rank"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "block_tokens", b"block_tokens", "fingerprint", b"fingerprint", "host_id", b"host_id", "incarnation", b"incarnation", "labels", b"labels", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_blocks", b"num_blocks", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "rank", b"rank", "role", b"role", "transports", b"transports", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "block_tokens", b"block_tokens", "fingerprint", b"fingerprint", "host_id", b"host_id", "incarnation", b"incarnation", "labels", b"labels", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_blocks", b"num_blocks", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "rank", b"rank", "role", b"role", "store_address", b"store_address", "transports", b"transports", "worker_id", b"worker_id"]) -> None: ...
 
 global___WorkerHello = WorkerHello
 
@@ -172,6 +176,7 @@ class Submission(google.protobuf.message.Message):
     TIMEOUT_MS_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
     TRACEPARENT_FIELD_NUMBER: builtins.int
+    PREFIX_STORE_FIELD_NUMBER: builtins.int
     handle: builtins.int
     request_id: builtins.str
     phase: pdserve.v1.common_pb2.Phase.ValueType
@@ -185,6 +190,8 @@ class Submission(google.protobuf.message.Message):
     timeout_ms: builtins.int
     priority: builtins.int
     traceparent: builtins.str
+    prefix_store: builtins.str
+    """host:port of another node's store that holds more of this prompt than ours may"""
     @property
     def params(self) -> pdserve.v1.common_pb2.SamplingParams: ...
     @property
@@ -206,9 +213,10 @@ class Submission(google.protobuf.message.Message):
         timeout_ms: builtins.int = ...,
         priority: builtins.int = ...,
         traceparent: builtins.str = ...,
+        prefix_store: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["params", b"params"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["block_keys", b"block_keys", "cache_root", b"cache_root", "deterministic", b"deterministic", "handle", b"handle", "lora", b"lora", "model", b"model", "output_token_ids", b"output_token_ids", "params", b"params", "phase", b"phase", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_keys", b"block_keys", "cache_root", b"cache_root", "deterministic", b"deterministic", "handle", b"handle", "lora", b"lora", "model", b"model", "output_token_ids", b"output_token_ids", "params", b"params", "phase", b"phase", "prefix_store", b"prefix_store", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent"]) -> None: ...
 
 global___Submission = Submission
 
@@ -271,6 +279,7 @@ class WorkerMessage(google.protobuf.message.Message):
     STEP_FIELD_NUMBER: builtins.int
     LOAD_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    CACHE_FIELD_NUMBER: builtins.int
     draining: builtins.bool
     @property
     def hello(self) -> global___WorkerHello: ...
@@ -278,6 +287,8 @@ class WorkerMessage(google.protobuf.message.Message):
     def step(self) -> global___Step: ...
     @property
     def load(self) -> global___Load: ...
+    @property
+    def cache(self) -> global___CacheDelta: ...
     def __init__(
         self,
         *,
@@ -285,11 +296,38 @@ class WorkerMessage(google.protobuf.message.Message):
         step: global___Step | None = ...,
         load: global___Load | None = ...,
         draining: builtins.bool = ...,
+        cache: global___CacheDelta | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["hello", b"hello", "load", b"load", "step", b"step"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["draining", b"draining", "hello", b"hello", "load", b"load", "step", b"step"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["cache", b"cache", "hello", b"hello", "load", b"load", "step", b"step"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cache", b"cache", "draining", b"draining", "hello", b"hello", "load", b"load", "step", b"step"]) -> None: ...
 
 global___WorkerMessage = WorkerMessage
+
+@typing.final
+class CacheDelta(google.protobuf.message.Message):
+    """What changed in the worker's prefix cache (HBM). The first one on a stream has `reset` and lists all that is there."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RESET_FIELD_NUMBER: builtins.int
+    STORED_FIELD_NUMBER: builtins.int
+    REMOVED_FIELD_NUMBER: builtins.int
+    reset: builtins.bool
+    """forget what was known of this worker's cache"""
+    stored: builtins.bytes
+    """16-byte block keys"""
+    removed: builtins.bytes
+    """likewise; applied before `stored`"""
+    def __init__(
+        self,
+        *,
+        reset: builtins.bool = ...,
+        stored: builtins.bytes = ...,
+        removed: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["removed", b"removed", "reset", b"reset", "stored", b"stored"]) -> None: ...
+
+global___CacheDelta = CacheDelta
 
 @typing.final
 class Step(google.protobuf.message.Message):
@@ -408,17 +446,21 @@ class PromptStats(google.protobuf.message.Message):
     HANDLE_FIELD_NUMBER: builtins.int
     NUM_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: builtins.int
+    NUM_FETCHED_TOKENS_FIELD_NUMBER: builtins.int
     handle: builtins.int
     num_prompt_tokens: builtins.int
     num_cached_tokens: builtins.int
+    num_fetched_tokens: builtins.int
+    """of the cached: brought from a store for this request"""
     def __init__(
         self,
         *,
         handle: builtins.int = ...,
         num_prompt_tokens: builtins.int = ...,
         num_cached_tokens: builtins.int = ...,
+        num_fetched_tokens: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["handle", b"handle", "num_cached_tokens", b"num_cached_tokens", "num_prompt_tokens", b"num_prompt_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["handle", b"handle", "num_cached_tokens", b"num_cached_tokens", "num_fetched_tokens", b"num_fetched_tokens", "num_prompt_tokens", b"num_prompt_tokens"]) -> None: ...
 
 global___PromptStats = PromptStats
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from pdserve.errors import EngineFailed, InvalidRequest, PdserveError, ProtocolMismatch
 from pdserve.types import (
+    CacheDelta,
     EngineLoad,
     Finish,
     FinishReason,
@@ -37,6 +38,9 @@ from pdserve.wire.common import (
     encode_role,
 )
 
+KEY_BYTES = 16
+"""Of a block key."""
+
 
 @dataclass(frozen=True, slots=True)
 class RouterHello:
@@ -61,6 +65,9 @@ class Submission:
     phase: Phase
     request: Request | None
     error: PdserveError | None = None
+    prefix_store: str = ""
+    """host:port of another node's store that, as far as the router knows, holds more of this prompt's prefix than the
+    worker's own node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +133,7 @@ class WorkerUpdate:
     step: StepColumns | None = None
     load: EngineLoad | None = None
     draining: bool = False
+    cache: CacheDelta | None = None
 
 
 def encode_router_update(update: RouterUpdate) -> bytes:
@@ -176,6 +184,7 @@ def _encode_submission(submission: Submission) -> pb.Submission:
         timeout_ms=request.timeout_ms,
         priority=request.priority,
         traceparent=request.traceparent,
+        prefix_store=submission.prefix_store,
     )
 
 
@@ -187,7 +196,7 @@ def _decode_submission(message: pb.Submission) -> Submission:
         error = InvalidRequest(f"unknown phase {message.phase}", param="phase")
         return Submission(message.handle, Phase.FULL, None, error)
     try:
-        return Submission(message.handle, phase, _decode_request(message))
+        return Submission(message.handle, phase, _decode_request(message), prefix_store=message.prefix_store)
     except PdserveError as error:
         return Submission(message.handle, phase, None, error)
 
@@ -232,6 +241,10 @@ def encode_worker_update(update: WorkerUpdate) -> bytes:
         message.load.CopyFrom(_encode_load(update.load))
     if update.step is not None:
         message.step.CopyFrom(_encode_columns(update.step))
+    if update.cache is not None:
+        message.cache.reset = update.cache.reset
+        message.cache.stored = b"".join(update.cache.stored)
+        message.cache.removed = b"".join(update.cache.removed)
     return message.SerializeToString()
 
 
@@ -260,7 +273,10 @@ def _encode_columns(step: StepColumns) -> pb.Step:
         logprobs=[_encode_logprobs(entry) for entry in step.logprobs],
         prompts=[
             pb.PromptStats(
-                handle=p.handle, num_prompt_tokens=p.num_prompt_tokens, num_cached_tokens=p.num_cached_tokens
+                handle=p.handle,
+                num_prompt_tokens=p.num_prompt_tokens,
+                num_cached_tokens=p.num_cached_tokens,
+                num_fetched_tokens=p.num_fetched_tokens,
             )
             for p in step.prompts
         ],
@@ -304,7 +320,18 @@ def decode_worker_update(data: bytes) -> WorkerUpdate:
         step=_decode_step(message.step) if message.HasField("step") else None,
         load=_decode_load(message.load) if message.HasField("load") else None,
         draining=message.draining,
+        cache=_decode_cache(message.cache) if message.HasField("cache") else None,
     )
+
+
+def _decode_cache(message: pb.CacheDelta) -> CacheDelta:
+    return CacheDelta(_keys(message.stored), _keys(message.removed), message.reset)
+
+
+def _keys(column: bytes) -> tuple[bytes, ...]:
+    if len(column) % KEY_BYTES:
+        raise ProtocolMismatch(f"a column of {KEY_BYTES}-byte keys has {len(column)} bytes")
+    return tuple(column[i : i + KEY_BYTES] for i in range(0, len(column), KEY_BYTES))
 
 
 def _decode_step(message: pb.Step) -> StepColumns:
@@ -323,7 +350,10 @@ def _decode_step(message: pb.Step) -> StepColumns:
     if message.logprobs:
         columns.logprobs = [_decode_logprobs(entry) for entry in message.logprobs]
     if message.prompts:
-        columns.prompts = [PromptStats(p.handle, p.num_prompt_tokens, p.num_cached_tokens) for p in message.prompts]
+        columns.prompts = [
+            PromptStats(p.handle, p.num_prompt_tokens, p.num_cached_tokens, p.num_fetched_tokens)
+            for p in message.prompts
+        ]
     if message.announcements:
         columns.announcements = [Announcement(a.handle, a.ticket, tuple(a.manifests)) for a in message.announcements]
     return columns
@@ -368,6 +398,7 @@ def _encode_hello(hello: WorkerHello) -> pb.WorkerHello:
         transports=worker.transports,
         host_id=worker.host_id,
         labels=dict(worker.labels),
+        store_address=worker.store_address,
     )
 
 
@@ -386,6 +417,7 @@ def _decode_hello(message: pb.WorkerHello) -> WorkerHello:
         transports=tuple(message.transports),
         host_id=message.host_id,
         labels=tuple(sorted(message.labels.items())),
+        store_address=message.store_address,
     )
     return WorkerHello(worker, message.protocol_min, message.protocol_max)
 
