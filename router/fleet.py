@@ -41,8 +41,13 @@ class Fleet:
         self._retired: set[Keeper] = set()
         self._watcher: asyncio.Task[None] | None = None
         self.links: list[Link] = []
+        self._listeners: list[Callable[[], None]] = []
         self.version = 0
         """Grows with every change of `links` and of what a worker says of itself."""
+
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """`listener` is called at each change, before a new worker's stream is read."""
+        self._listeners.append(listener)
 
     def start(self) -> None:
         self._watcher = asyncio.create_task(self._watch())
@@ -103,4 +108,6 @@ class Fleet:
 
     def changed(self) -> None:
         self.version += 1
+        for listener in self._listeners:
+            listener()
         self._on_change()

@@ -17,7 +17,17 @@ from typing import Protocol
 
 from pdserve.errors import EngineFailed, PdserveError, WorkerLost
 from pdserve.rpc import ClientStream, guard
-from pdserve.types import EngineLoad, Finish, FinishReason, Logprobs, Phase, PromptStats, Request, WorkerInfo
+from pdserve.types import (
+    CacheDelta,
+    EngineLoad,
+    Finish,
+    FinishReason,
+    Logprobs,
+    Phase,
+    PromptStats,
+    Request,
+    WorkerInfo,
+)
 from pdserve.wire.session import (
     Announcement,
     FirstOutput,
@@ -112,6 +122,8 @@ class Link:
         self.own = Outstanding()
         self.foreign = Outstanding()
         self.load = EngineLoad()
+        self.on_cache: Callable[[CacheDelta], None] | None = None
+        """Told what changes in the worker's prefix cache; set before the stream is read."""
         self._stream = stream
         self._on_change = on_change
         self._handles = HandleSpace()
@@ -243,6 +255,8 @@ class Link:
             self._on_step(update.step)
         if update.load is not None:
             self._on_load(update.load)
+        if update.cache is not None and self.on_cache is not None:
+            self.on_cache(update.cache)
         if update.hello is not None:
             self._on_hello(update.hello.worker)
         if update.draining and not self.draining:

@@ -33,6 +33,11 @@ class StoreFollower:
         self._retry_s = retry_s
         self._node = node
 
+    @property
+    def node(self) -> str:
+        """The store's name; empty until it has told."""
+        return self._node
+
     async def run(self) -> None:
         while True:
             try:
@@ -53,10 +58,15 @@ class StoreFollower:
             if batch.snapshot:
                 sections += _sections(batch.events)
             if batch.snapshot_complete:
-                self._index.load(NodeSnapshot(batch.node, batch.incarnation, batch.sequence, tuple(sections)))
+                await self._load(NodeSnapshot(batch.node, batch.incarnation, batch.sequence, tuple(sections)))
                 sections = []
             elif not batch.snapshot and self._take(batch) is Verdict.RESYNC:
                 return
+
+    async def _load(self, snapshot: NodeSnapshot) -> None:
+        """A few thousand blocks at a time: the loop has other things to do."""
+        for _ in self._index.load_in_steps(snapshot):
+            await asyncio.sleep(0)
 
     def _take(self, batch: wire.EventBatch) -> Verdict:
         if not batch.events:
