@@ -59,6 +59,34 @@ class SimConfig(Config, frozen=True):
     max_model_len: Annotated[int, _doc("Prompt and output together.", "tokens", ge=16)] = 131072
 
 
+class RegistryConfig(Config, frozen=True):
+    """The list of workers in Redis: workers write themselves there, routers with `discovery: redis` follow it."""
+
+    url: Annotated[str, _doc("redis://HOST:PORT/DB or rediss://...; empty: none.")] = ""
+    prefix: Annotated[str, _doc("Names the list: fleets that share a Redis need one each.")] = "pdserve"
+    ttl_s: Annotated[
+        float, _doc("A worker that went silent for so long is forgotten; it renews three times in it.", "s", gt=0)
+    ] = 15.0
+    timeout_s: Annotated[float, _doc("Of one command.", "s", gt=0)] = 2.0
+
+
+class KubernetesConfig(Config, frozen=True):
+    """Workers as the EndpointSlices of their headless Services."""
+
+    namespace: Annotated[str, _doc("Of the Services; empty: this pod's own, or the kubeconfig's.")] = ""
+    selector: Annotated[
+        str, _doc("Labels of the Services, which Kubernetes copies to their slices; several models may share them.")
+    ] = "pdserve.io/workers"
+    port_name: Annotated[str, _doc("Name of the Services' port that workers listen on.")] = "grpc"
+    kubeconfig: Annotated[str, _doc("Path; empty: the pod's service account.")] = ""
+    context: Annotated[str, _doc("Of the kubeconfig; empty: its current one.")] = ""
+    watch_s: Annotated[
+        float, _doc("A watch is made anew after this. A hung API server is noticed within it.", "s", ge=1)
+    ] = 30.0
+    resync_s: Annotated[float, _doc("Everything is listed anew after this, whatever was missed.", "s", gt=0)] = 300.0
+    timeout_s: Annotated[float, _doc("Of one call, watches aside.", "s", gt=0)] = 10.0
+
+
 class WorkerConfig(Config, frozen=True):
     """A prefill or decode worker."""
 
@@ -126,6 +154,8 @@ class WorkerConfig(Config, frozen=True):
     vllm: Annotated[dict[str, Any], _doc("Engine arguments, verbatim to vLLM (but for those pdserve owns).")] = (
         msgspec.field(default_factory=dict)
     )
+    store: Annotated[str, _doc("host:port of this node's KV store; empty: none.")] = ""
+    registry: RegistryConfig = RegistryConfig()
     kv_load_failure: Annotated[str, _doc("vllm: recompute | fail, when KV cannot be loaded.")] = "fail"
 
 
@@ -200,7 +230,10 @@ class RouterConfig(Config, frozen=True):
     tls: TlsConfig = TlsConfig()
     http_tls: TlsConfig = TlsConfig()
     worker_tls: TlsConfig = TlsConfig()
+    discovery: Annotated[str, _doc("static | kubernetes | redis: who tells where the workers are.")] = "static"
     workers: Annotated[tuple[str, ...], _doc("host:port of every worker (static discovery).")] = ()
+    kubernetes: KubernetesConfig = KubernetesConfig()
+    registry: RegistryConfig = RegistryConfig()
     model: Annotated[str, _doc("Tokenizer and template: embedded, a folder, a .gguf file or a hub id.")] = "embedded"
     model_name: Annotated[str, _doc("Name that clients use; empty: the model's own.")] = ""
     aliases: Annotated[dict[str, str], _doc("Further names, each of a served model.")] = msgspec.field(
@@ -234,6 +267,7 @@ _CHOICES: dict[str, frozenset[str]] = {
     "engine": frozenset({"torch", "vllm", "sim"}),
     "dtype": frozenset({"bf16", "fp32"}),
     "disaggregate": frozenset({"always", "never"}),
+    "discovery": frozenset({"static", "kubernetes", "redis"}),
     "eviction": frozenset({"hazard", "lru", "s3fifo"}),
     "kv_load_failure": frozenset({"recompute", "fail"}),
     "log_level": frozenset({"debug", "info", "warning", "error"}),
@@ -267,10 +301,13 @@ def from_mapping(cls: type[ConfigT], tree: Mapping[str, object]) -> ConfigT:
 
 
 def parse_override(text: str) -> tuple[str, object]:
-    """`key.path=value` with the value read as YAML, so numbers, booleans and lists can be given."""
+    """`key.path=value` with the value read as YAML, so numbers, booleans and lists can be given; `key.path=@FILE`
+    takes a file's content as a string, so that a secret stands in no command line."""
     key, found, value = text.partition("=")
     if not found or not key:
         raise ConfigError(f"{text!r} is not key=value", key=key or text)
+    if value.startswith("@"):
+        return key, _read_text(value[1:], key).rstrip("\n")
     return key, yaml.safe_load(value) if value else ""
 
 
@@ -301,6 +338,14 @@ def _read(path: str) -> dict[str, object]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping", key="config")
     return tree
+
+
+def _read_text(path: str, key: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", key=key) from error
 
 
 def _set(tree: dict[str, Any], dotted: str, value: object) -> None:

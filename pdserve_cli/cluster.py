@@ -1,16 +1,17 @@
-"""A whole cluster on this machine: one process per worker and one router, started, watched and drained together.
+"""A whole cluster on this machine: stores, workers and a router, started, watched, restarted and drained together.
 
-`pdserve up`, `pdserve parity`, the benchmarks and the end-to-end tests all stand on this one class. Children get
-SIGTERM when this process dies, so that nothing outlives it.
+`pdserve up`, `pdserve parity`, `pdserve chaos`, the benchmarks and the end-to-end tests all stand on this one class.
+A cluster may be told to have several nodes, as if it were spread over machines: each has a KV store of its own, and
+the workers are dealt out to them in turn.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -21,30 +22,28 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from pdserve.errors import ServiceError
+from pdserve_cli.block_bytes import block_bytes
+from pdserve_cli.members import ClusterError, Member, spawn, stable_port, wait_gone, wait_ready
 
-_PR_SET_PDEATHSIG = 1
-"""prctl(2): the signal a child gets when its parent dies."""
-_LOG_TAIL_BYTES = 2000
+__all__ = ["Cluster", "ClusterError", "ClusterSpec", "Member", "run_cluster"]
+
 _POLL_S = 0.02
-
-
-class ClusterError(ServiceError):
-    """A process of the cluster didn't start, or died. The message holds the end of its log."""
-
-    reason = "cluster_failed"
+_GET_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterSpec:
-    """What to start. `worker` and `router` are config overrides (dotted keys of `pdserve.config`)."""
+    """What to start. `worker`, `router` and `store` are config overrides (dotted keys of `pdserve.config`)."""
 
     prefill: int = 1
     decode: int = 1
     engine: str = "torch"
     model: str = "embedded"
+    nodes: int = 1
+    """Stores to start, if `store` is given; workers take them in turn."""
+    store: Mapping[str, object] | None = None
+    """None: no KV store. `block_bytes` is found from the workers' config; `disk.path` gets a folder a store."""
     http_port: int = 0
     grpc_port: int = 0
     worker: Mapping[str, object] = field(default_factory=dict)
@@ -53,32 +52,8 @@ class ClusterSpec:
     """Interpreter of the workers (vLLM lives in an environment of its own)."""
     start_timeout_s: float = 120.0
     env: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Member:
-    """One process: its name, its ready line, its log."""
-
-    name: str
-    role: str
-    process: asyncio.subprocess.Process
-    log: Path
-    ready: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def alive(self) -> bool:
-        return self.process.returncode is None
-
-    def log_tail(self) -> str:
-        return self.log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _sets(overrides: Mapping[str, object]) -> list[str]:
-    return [part for key, value in overrides.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    stable_ports: bool = False
+    """Ports that stay free while a process is down: for clusters whose members are killed and restarted."""
 
 
 class Cluster:
@@ -87,9 +62,14 @@ class Cluster:
     def __init__(self, spec: ClusterSpec, report: Callable[[str], None] = lambda line: None) -> None:
         self.spec = spec
         self.members: list[Member] = []
+        self.buried: list[Member] = []
+        """Processes that died and have a successor."""
+        self.started_s = 0.0
         self._report = report
         self._folder = tempfile.TemporaryDirectory(prefix="pdserve-")
-        self.started_s = 0.0
+        self._secret = secrets.token_hex(16)
+        """A restarted router must find what an earlier one's tenants cached."""
+        self._ports: set[int] = set()
 
     async def __aenter__(self) -> Cluster:
         try:
@@ -104,13 +84,22 @@ class Cluster:
     ) -> None:
         await self.stop()
 
+    # ---- members ----
+
+    def of_role(self, *roles: str) -> list[Member]:
+        return [member for member in self.members if member.role in roles]
+
     @property
     def router(self) -> Member:
-        return next(member for member in self.members if member.role == "router")
+        return self.of_role("router")[0]
 
     @property
     def workers(self) -> list[Member]:
-        return [member for member in self.members if member.role != "router"]
+        return self.of_role("prefill", "decode")
+
+    @property
+    def stores(self) -> list[Member]:
+        return self.of_role("kvstore")
 
     @property
     def http_url(self) -> str:
@@ -120,78 +109,88 @@ class Cluster:
     def grpc_address(self) -> str:
         return f"127.0.0.1:{self.router.ready['grpc_port']}"
 
+    @property
+    def pids(self) -> set[int]:
+        """Of every process that this cluster ever had."""
+        return {member.pid for member in (*self.members, *self.buried)}
+
+    # ---- life ----
+
     async def start(self) -> None:
-        """Workers first, side by side; then the router that knows their addresses. Raises `ClusterError`."""
+        """Stores first, then workers, side by side; then the router that knows them. Raises `ClusterError`."""
         begun = time.monotonic()
+        if self.spec.store is not None:
+            await asyncio.gather(*(self._start_store(i) for i in range(self.spec.nodes)))
         names = [("prefill", i) for i in range(self.spec.prefill)] + [("decode", i) for i in range(self.spec.decode)]
         await asyncio.gather(*(self._start_worker(role, i) for role, i in names))
-        router = {
-            "model": self.spec.model,
-            "http_listen": f"127.0.0.1:{self.spec.http_port}",
-            "grpc_listen": f"127.0.0.1:{self.spec.grpc_port}",
-            "workers": [member.ready["address"] for member in self.workers],
-            **self.spec.router,
-        }
-        member = await self._spawn("router", "router", [sys.executable, "-m", "router", *_sets(router)])
-        await self._wait_ready(member)
-        await self._wait_answering()
+        await self.start_router("router", self.workers)
+        await self.wait_answering()
         self.started_s = time.monotonic() - begun
 
-    async def restart_worker(self, dead: Member) -> Member:
-        """A dead worker's successor on its address, where the router finds it."""
-        return await self._start_worker(dead.role, int(dead.name.rpartition("-")[2]), {"listen": dead.ready["address"]})
+    async def _start_store(self, index: int) -> None:
+        given = dict(self.spec.store or {})
+        config = {"node_id": f"kvstore-{index}", "block_bytes": 0, **self._listens(), **given}
+        config["block_bytes"] = config["block_bytes"] or block_bytes(self._worker_config("prefill", 0))
+        if config.get("disk.path"):
+            config["disk.path"] = str(Path(str(config["disk.path"])) / f"kvstore-{index}")
+        await self._start(f"kvstore-{index}", "kvstore", (sys.executable, "-m", "kvstore"), config)
 
-    async def _start_worker(self, role: str, index: int, overrides: Mapping[str, object] | None = None) -> Member:
+    def _worker_config(self, role: str, index: int) -> dict[str, object]:
+        config = {"worker_id": f"{role}-{index}", "engine": self.spec.engine, "model": self.spec.model}
+        stores = self.stores
+        node = {"store": stores[index % len(stores)].ready["address"]} if stores else {}
+        return {**config, **node, **self.spec.worker}
+
+    async def _start_worker(self, role: str, index: int) -> None:
+        config = {**self._worker_config(role, index), **self._listens()}
+        await self._start(f"{role}-{index}", role, (self.spec.python, "-m", f"{role}_worker"), config)
+
+    async def start_router(self, name: str, workers: Sequence[Member], **overrides: object) -> Member:
+        """One more router, for these workers. The first is the cluster's; both salt alike."""
+        first = not self.of_role("router")
+        http, grpc = (self._port(given if first else 0) for given in (self.spec.http_port, self.spec.grpc_port))
         config = {
-            "worker_id": f"{role}-{index}",
-            "engine": self.spec.engine,
             "model": self.spec.model,
-            **self.spec.worker,
-            **(overrides or {}),
+            "http_listen": f"127.0.0.1:{http}",
+            "grpc_listen": f"127.0.0.1:{grpc}",
+            "workers": [member.ready["address"] for member in workers],
+            "server_secret": self._secret,
+            **self.spec.router,
+            **overrides,
         }
-        command = [self.spec.python, "-m", f"{role}_worker", *_sets(config)]
-        member = await self._spawn(f"{role}-{index}", role, command)
-        await self._wait_ready(member)
-        return member
+        return await self._start(name, "router", (sys.executable, "-m", "router"), config)
 
-    async def _spawn(self, name: str, role: str, command: Sequence[str]) -> Member:
+    def _port(self, given: int) -> int:
+        return stable_port(self._ports) if self.spec.stable_ports and not given else given
+
+    def _listens(self) -> dict[str, object]:
+        if not self.spec.stable_ports:
+            return {}
+        return {key: f"127.0.0.1:{self._port(0)}" for key in ("listen", "http_listen")}
+
+    async def _start(self, name: str, role: str, command: Sequence[str], config: Mapping[str, object]) -> Member:
         log = Path(self._folder.name) / f"{name}.log"
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **self.spec.env}
-        with log.open("ab") as sink:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=sink,
-                env=env,
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )
-        member = Member(name, role, process, log)
+        member = await spawn(name, role, command, config, log, self.spec.env)
         self.members.append(member)
+        took = await wait_ready(member, self.spec.start_timeout_s)
+        self._report(f"{member.name} ready after {took:.1f} s")
         return member
 
-    async def _wait_ready(self, member: Member) -> None:
-        assert member.process.stdout is not None
-        begun = time.monotonic()
-        try:
-            async with asyncio.timeout(self.spec.start_timeout_s):
-                async for line in member.process.stdout:
-                    event = _parse(line)
-                    if event.get("event") == "ready":
-                        member.ready = event
-                        self._report(f"{member.name} ready after {time.monotonic() - begun:.1f} s")
-                        return
-        except TimeoutError:
-            raise ClusterError(
-                f"{member.name} was not ready within {self.spec.start_timeout_s:.0f} s:\n{member.log_tail()}"
-            ) from None
-        await member.process.wait()
-        raise ClusterError(f"{member.name} ended with {member.process.returncode}:\n{member.log_tail()}")
+    def kill_member(self, member: Member) -> None:
+        """SIGKILL, for fault tests."""
+        os.kill(member.pid, signal.SIGKILL)
 
-    async def _wait_answering(self) -> None:
-        """Until the router has sessions with a whole pair: /readyz says 200."""
+    async def restart(self, dead: Member) -> Member:
+        """A dead process's successor, with its config, at its addresses, where the others find it."""
+        await dead.process.wait()
+        self.members.remove(dead)
+        self.buried.append(dead)
+        return await self._start(dead.name, dead.role, dead.command, {**dead.config, **dead.addresses()})
+
+    async def wait_answering(self) -> None:
+        """Until the router has sessions with a whole pair: /readyz says 200. Raises `ClusterError`."""
         deadline = time.monotonic() + self.spec.start_timeout_s
+        body = ""
         while time.monotonic() < deadline:
             status, body = await self.get("/readyz")
             if status == 200:
@@ -202,8 +201,27 @@ class Cluster:
             await asyncio.sleep(_POLL_S)
         raise ClusterError(f"the router is not ready: {body}")
 
+    async def stop(self, grace_s: float = 30.0) -> None:
+        """SIGTERM to the routers, then to the workers, then to the stores; whoever outlives the grace is killed."""
+        for group in (self.of_role("router"), self.workers, self.stores):
+            for member in group:
+                if member.alive:
+                    member.process.terminate()
+            await wait_gone(group, grace_s)
+        self._folder.cleanup()
+
+    async def kill(self) -> None:
+        """End everything at once."""
+        for member in self.members:
+            if member.alive:
+                member.process.kill()
+                await member.process.wait()
+        self._folder.cleanup()
+
+    # ---- questions ----
+
     async def get(self, path: str, port: int | None = None) -> tuple[int, str]:
-        """GET from the router (or from another member's HTTP port): status and body."""
+        """GET from the router (or from another member's HTTP port): status and body; 0 when nobody answers."""
         url = f"http://127.0.0.1:{port or self.router.ready['http_port']}{path}"
         return await asyncio.to_thread(_get, url)
 
@@ -215,57 +233,30 @@ class Cluster:
         name: str = json.loads(body)["data"][0]["id"]
         return name
 
-    async def metric(self, member: Member, name: str) -> float:
-        """The sum of a metric's samples over all labels, from a worker's /metrics."""
+    async def metrics(self, member: Member) -> dict[str, float]:
+        """Every sample of a member's /metrics, by name and labels as they are written; empty when it is down."""
         _, body = await self.get("/metrics", member.ready["http_port"])
-        return sum(
-            float(line.rsplit(" ", 1)[1]) for line in body.splitlines() if line.startswith((name + "{", name + " "))
-        )
+        lines = (line.rpartition(" ") for line in body.splitlines() if line and not line.startswith("#"))
+        return {name: float(value) for name, _, value in lines if name}
 
-    def kill_member(self, member: Member) -> None:
-        """SIGKILL, for fault tests."""
-        os.kill(member.process.pid, signal.SIGKILL)
-
-    async def stop(self, grace_s: float = 30.0) -> None:
-        """SIGTERM to the router, then to the workers; whoever outlives the grace is killed."""
-        routers = [member for member in self.members if member.role == "router"]
-        for group in (routers, self.workers):
-            for member in group:
-                if member.alive:
-                    member.process.terminate()
-            await self._wait_gone(group, grace_s)
-        self._folder.cleanup()
-
-    async def _wait_gone(self, group: Sequence[Member], grace_s: float) -> None:
-        try:
-            async with asyncio.timeout(grace_s):
-                await asyncio.gather(*(member.process.wait() for member in group))
-        except TimeoutError:
-            for member in group:
-                if member.alive:
-                    member.process.kill()
-                    await member.process.wait()
-
-    async def kill(self) -> None:
-        """End everything at once."""
-        for member in self.members:
-            if member.alive:
-                member.process.kill()
-                await member.process.wait()
-        self._folder.cleanup()
+    async def metric(self, member: Member, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that have these labels."""
+        return total(await self.metrics(member), name, **labels)
 
 
-def _parse(line: bytes) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
-        event = json.loads(line)
-        if isinstance(event, dict):
-            return event
-    return {}
+def total(samples: Mapping[str, float], name: str, **labels: str) -> float:
+    """The sum of a metric's samples that have these labels, of what `Cluster.metrics` gave."""
+    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    return sum(
+        value
+        for sample, value in samples.items()
+        if (sample == name or sample.startswith(name + "{")) and all(label in sample for label in wanted)
+    )
 
 
 def _get(url: str) -> tuple[int, str]:
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5) as response:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=_GET_TIMEOUT_S) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

@@ -7,6 +7,7 @@ import asyncio
 import json
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,10 +18,12 @@ from rich.table import Table
 from pdserve.config import parse_override
 from pdserve.models import resolve
 from pdserve_cli.client import Answer, stream
-from pdserve_cli.cluster import Cluster, ClusterError, ClusterSpec, Member
+from pdserve_cli.cluster import Cluster, ClusterError, ClusterSpec, total
 
 FIRST_PROMPT = "What is the capital of France?"
 _REFRESH_S = 1.0
+STORE_BYTES = 256 << 20
+"""DRAM of the node's store: 11,000 tokens of the embedded model, beside the workers' own 512 MiB each."""
 _COLUMNS = {
     "running": "vllm:num_requests_running",
     "waiting": "vllm:num_requests_waiting",
@@ -48,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode workers (1)")
     parser.add_argument("--engine", choices=("torch", "vllm", "sim"), default="torch", help="(torch)")
     parser.add_argument("--model", default="embedded", help="folder, .gguf, hub id (the embedded SmolLM2-135M)")
+    parser.add_argument("--store", choices=("on", "off"), help="a KV store (on; off with --engine vllm)")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="stores; workers take them in turn (1)")
     parser.add_argument("--http-port", type=int, default=8000, help="OpenAI API; 0: any free port (8000)")
     parser.add_argument("--grpc-port", type=int, default=8001, help="gRPC; 0: any free port (8001)")
     parser.add_argument("--disaggregate", choices=("always", "never"), default="always", help="(always)")
@@ -56,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="worker config, repeatable")
     parser.add_argument("--router-set", action="append", default=[], metavar="KEY=VALUE", help="router config")
+    parser.add_argument("--store-set", action="append", default=[], metavar="KEY=VALUE", help="store config")
     parser.add_argument("--once", action="store_true", help="answer --prompt once, then stop")
     parser.add_argument("--prompt", default=FIRST_PROMPT, help="the first prompt")
     parser.add_argument("--json", action="store_true", help="with --once: one JSON object on stdout")
@@ -73,6 +79,8 @@ def spec_from(arguments: argparse.Namespace) -> ClusterSpec:
         decode=arguments.decode,
         engine=arguments.engine,
         model=arguments.model,
+        nodes=arguments.nodes,
+        store=_store(arguments),
         http_port=0 if free else arguments.http_port,
         grpc_port=0 if free else arguments.grpc_port,
         worker=dict(parse_override(text) for text in arguments.set),
@@ -82,6 +90,13 @@ def spec_from(arguments: argparse.Namespace) -> ClusterSpec:
     )
 
 
+def _store(arguments: argparse.Namespace) -> dict[str, object] | None:
+    given = dict(parse_override(text) for text in arguments.store_set)
+    if (arguments.store or ("off" if arguments.engine == "vllm" else "on")) == "off":
+        return None
+    return {"memory_bytes": STORE_BYTES, **given}
+
+
 async def _run(arguments: argparse.Namespace) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -89,8 +104,10 @@ async def _run(arguments: argparse.Namespace) -> int:
         loop.add_signal_handler(number, stop.set)
     say = _say_to_stderr if arguments.json or arguments.once else _say
     await asyncio.to_thread(resolve, arguments.model)
-    say(f"starting {arguments.prefill} prefill + {arguments.decode} decode ({arguments.engine}, {arguments.model})")
-    cluster = Cluster(spec_from(arguments), report=say)
+    spec = spec_from(arguments)
+    stores = f" + {spec.nodes} kvstore" if spec.store is not None else ""
+    say(f"starting {spec.prefill} prefill + {spec.decode} decode{stores} ({spec.engine}, {spec.model})")
+    cluster = Cluster(spec, report=say)
     starting = asyncio.ensure_future(cluster.__aenter__())
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -163,8 +180,10 @@ async def _first_answer(cluster: Cluster, prompt: str, say: Any) -> None:
     say(f"OpenAI API   {cluster.http_url}/v1")
     say(f"gRPC         {cluster.grpc_address}  (pdserve.v1.InferenceService, inference.GRPCInferenceService)")
     say(f"metrics      {cluster.http_url}/metrics")
-    for member in cluster.workers:
+    for member in (*cluster.workers, *cluster.stores):
         say(f"{member.name:<12} http://127.0.0.1:{member.ready['http_port']}/metrics")
+    for store in cluster.stores:
+        say(f"{store.name:<12} look into it: pdserve kv stat --address {store.ready['address']}")
 
 
 async def _watch(cluster: Cluster, stop: asyncio.Event, say: Any) -> None:
@@ -197,17 +216,29 @@ def _check_alive(cluster: Cluster) -> None:
 
 
 async def _screen(cluster: Cluster) -> Table:
-    table = Table(title=f"pdserve  {cluster.http_url}/v1")
+    table = Table(title=f"pdserve  {cluster.http_url}/v1", caption=await _stores_line(cluster))
     for heading in ("worker", "pid", *_COLUMNS):
         table.add_column(heading, justify="left" if heading == "worker" else "right")
     for member in cluster.workers:
-        values = [await _cell(cluster, member, name) for name in _COLUMNS]
-        table.add_row(member.name, str(member.process.pid), *values)
+        samples = await cluster.metrics(member)
+        table.add_row(member.name, str(member.pid), *(_cell(samples, name) for name in _COLUMNS))
     return table
 
 
-async def _cell(cluster: Cluster, member: Member, column: str) -> str:
-    value = await cluster.metric(member, _COLUMNS[column])
+def _cell(samples: Mapping[str, float], column: str) -> str:
+    value = total(samples, _COLUMNS[column])
     if column == "kv used":
         return f"{100 * value:.0f} %"
     return f"{value / 1e6:.1f}" if column == "pulled MB" else f"{value:.0f}"
+
+
+async def _stores_line(cluster: Cluster) -> str:
+    """What the stores hold, and how many blocks were found there."""
+    lines = []
+    for store in cluster.stores:
+        samples = await cluster.metrics(store)
+        held = total(samples, "pdserve_kvstore_blocks", state="visible")
+        on_disk = total(samples, "pdserve_kvstore_disk_blocks")
+        found = total(samples, "pdserve_kvstore_hit_blocks_total")
+        lines.append(f"{store.name}: {held:.0f} blocks in memory, {on_disk:.0f} on disk, {found:.0f} found")
+    return "\n".join(lines)

@@ -67,8 +67,8 @@ async def all_blocks_free(cluster: Cluster) -> None:
 
 
 def own_segments(cluster: Cluster) -> set[str]:
-    """Names in /dev/shm made by this cluster's workers (the name begins with the owner's process id)."""
-    pids = {str(member.process.pid) for member in cluster.members}
+    """Names in /dev/shm made by this cluster's processes, dead ones too (a name begins with its owner's process id)."""
+    pids = {str(pid) for pid in cluster.pids}
     return {path.name for path in SHM_DIR.glob(PREFIX + "*") if path.name.removeprefix(PREFIX).split("-")[0] in pids}
 
 

@@ -142,7 +142,7 @@ async def test_a_prefill_worker_killed_mid_request_is_a_503_and_its_successor_se
     await ready(cluster, 503)
     assert await refused(http) == "no_worker"
     left_behind = own_segments(cluster)
-    successor = await cluster.restart_worker(prefill)
+    successor = await cluster.restart(prefill)
     assert successor.ready["address"] == prefill.ready["address"]
     await ready(cluster)
     await answers(http)
@@ -170,7 +170,7 @@ async def test_a_decode_worker_killed_mid_stream_is_an_error_event_and_no_done(s
     assert (response.status_code, response.json()["error"]["code"]) == (503, "worker_lost")
     await call
     await all_blocks_free(cluster)
-    await cluster.restart_worker(decode)
+    await cluster.restart(decode)
     await ready(cluster)
     await answers(http)
 

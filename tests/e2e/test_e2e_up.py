@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 
 ONCE_KEYS = {"ready_s", "ttft_ms", "tokens", "text", "prefill_worker", "decode_worker", "kv_bytes_moved"}
 FREE_PORTS = ("--http-port", "0", "--grpc-port", "0")
+LAST_LINE = "pdserve kv stat --address"
+"""Of what `up` prints before it waits."""
 SCREEN_ROWS, SCREEN_COLUMNS = 40, 100
 
 
@@ -44,7 +46,8 @@ async def pdserve(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
 
 def sim_up(mark: str) -> tuple[str, ...]:
     """A sim cluster whose processes can be told from others' by their command lines."""
-    return ("up", "--engine", "sim", "--set", f"labels.mark={mark}", "--router-set", f"router_id={mark}")
+    marks = ("--set", f"labels.mark={mark}", "--router-set", f"router_id={mark}", "--store-set", f"node_id={mark}")
+    return ("up", "--engine", "sim", *marks)
 
 
 def marked(mark: str) -> list[str]:
@@ -98,19 +101,30 @@ async def test_once_prints_one_json_object_and_goes() -> None:
 
 async def test_up_without_a_terminal_prints_plain_lines_answers_and_drains(mark: str) -> None:
     async with pdserve(*sim_up(mark), *FREE_PORTS, "--prefill", "2") as process:
-        lines = await lines_until(process, "decode-0     http")
+        lines = await lines_until(process, LAST_LINE)
         assert not any("\x1b" in line for line in lines)
+        assert any(line.startswith("kvstore-0    http://") for line in lines)
         assert any(line.startswith("prefill on prefill-") for line in lines)
         (url,) = [line.split()[2] for line in lines if line.startswith("OpenAI API")]
         async with httpx.AsyncClient(trust_env=False, verify=False) as http:
             body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
             response = await http.post(url.removesuffix("/v1") + CHAT, json=body)
         assert response.status_code == 200
-        assert len(marked(mark)) == 5  # two prefill, decode, router, and the command itself
+        assert len(marked(mark)) == 6  # two prefill, decode, kvstore, router, and the command itself
         process.send_signal(signal.SIGTERM)
         status, out, err = await finished(process)
     assert (status, out.strip()) == (0, "draining"), err
     assert not marked(mark)
+
+
+async def test_up_without_a_store_starts_none(mark: str) -> None:
+    async with pdserve(*sim_up(mark), *FREE_PORTS, "--store", "off") as process:
+        lines = await lines_until(process, "decode-0     http")
+        assert not any("kvstore" in line for line in lines)
+        assert len(marked(mark)) == 4
+        process.send_signal(signal.SIGTERM)
+        status, _, err = await finished(process)
+    assert status == 0, err
 
 
 async def test_a_signal_while_starting_leaves_nothing(mark: str) -> None:
@@ -124,7 +138,7 @@ async def test_a_signal_while_starting_leaves_nothing(mark: str) -> None:
 
 async def test_a_worker_that_dies_ends_the_command_with_its_name(mark: str) -> None:
     async with pdserve(*sim_up(mark), *FREE_PORTS) as process:
-        await lines_until(process, "decode-0     http")
+        await lines_until(process, LAST_LINE)
         (decode,) = [child for child in children(process) if "decode_worker" in child.cmdline()]
         decode.kill()
         status, _, err = await finished(process)
