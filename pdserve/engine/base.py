@@ -4,8 +4,9 @@ An engine is driven by one thread: every method below is called from it and none
 calls `submit`, `cancel` and the hand-over verbs between steps and `step` as long as `has_work` is true. What a step
 produced comes back as one `StepResult`; the worker turns it into one message per router.
 
-Two small protocols instead of one large: `Engine` runs requests, `KVHandover` moves their KV in and out. All three
-engines (torch, vllm, sim) have both, so that either role can be taken at any time.
+Small protocols instead of one large: `Engine` runs requests, `KVHandover` moves their KV in and out; all three engines
+(torch, vllm, sim) have both, so that either role can be taken at any time. `KVCache` joins an engine's prefix cache to
+a store: an engine without it is served all the same, and computes every prompt itself.
 
 KV moves through *hand-over memory*: `num_blocks` blocks of `layout.block_bytes` each, plus one 64-bit generation a
 block, in memory that a transport can register. On a CPU engine it is the KV pool itself, so a hand-over is one
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,13 +64,16 @@ class ExportedChunk:
 
 @dataclass(frozen=True, slots=True)
 class PublishedBlocks:
-    """Neighbouring full blocks of one request's chain that its engine's prefix cache took up. Nothing holds them: who
-    copies them out compares the generations before and after.
+    """Neighbouring full blocks of one choice's chain that its engine's prefix cache took up, or found there when it
+    admitted the request: so that a choice's blocks are told from the first one on, though not always in order. Nothing
+    holds them: who copies them out compares the generations before and after.
 
-    `blocks` are numbers in hand-over memory, empty in an engine whose cache lies elsewhere (on a device).
+    `blocks` are numbers in hand-over memory, empty in an engine whose cache lies elsewhere (on a device): see
+    `KVCache.cache_lend`.
     """
 
     handle: int
+    """Of the choice; while the prompt is computed, of the request's first."""
     first_block: int
     """Position of the first one in the request's chain."""
     keys: tuple[bytes, ...]
@@ -80,12 +84,14 @@ class PublishedBlocks:
 @dataclass(slots=True)
 class StepResult:
     """One step: tokens, ends and logprobs (`output`), the chunks that became exportable, and what the prefix cache took
-    up and gave up (keys)."""
+    up and gave up (keys) since the step before: at its end every published key is in the cache, every evicted one is
+    not. `num_prompt_tokens`: of the tokens computed, those of prompts (0: the engine doesn't tell)."""
 
     output: StepOutput = field(default_factory=StepOutput)
     exports: list[ExportedChunk] = field(default_factory=list)
     published: list[PublishedBlocks] = field(default_factory=list)
     evicted: list[bytes] = field(default_factory=list)
+    num_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +179,44 @@ class KVHandover(Protocol):
     def resume(self, handle: int, output_token_ids: Sequence[Sequence[int]], finished: Sequence[bool]) -> None:
         """All chunks are committed: go on decoding after these outputs (one sequence a choice, as prefill sampled
         them; they follow the request's own `output_token_ids`); choices marked finished are not run."""
+        ...
+
+
+@runtime_checkable
+class KVCache(Protocol):
+    """The engine's prefix cache, filled from a store and copied to one. Same thread as `Engine`.
+
+    A *fill* brings blocks of a prompt's chain in for the request that `handle` names, before or while that runs: open,
+    write from another thread, commit or drop. What is committed is found by the request like any cached block; until
+    the request took it, or has ended, it is held, but yields to a running request that has no other room.
+    """
+
+    def cache_open(self, handle: int, keys: Sequence[bytes], first_block: int = 0) -> ImportTarget | None:
+        """Where to write blocks `first_block` and on of the chain `keys` (from its first block); None while there is
+        no room beside what waits. Leading ones that are cached by now are not to be written. Blocks before
+        `first_block` that are not cached are computed by the request meanwhile: it stops before `first_block` until
+        the fill is committed or dropped. One fill a handle: raises `ValueError` while another one is there, or for an
+        empty range.
+        """
+        ...
+
+    def cache_commit(self, handle: int, num_blocks: int) -> None:
+        """The first `num_blocks` of the target's blocks hold verified bytes: cache them; the others are given back.
+        Nobody writes into any of them any more. Unknown handles are ignored."""
+        ...
+
+    def cache_drop(self, handle: int) -> None:
+        """Nobody writes into the fill's blocks any more, and nobody wants them. Idempotent. `Engine.cancel` does the
+        same for a fill that is committed; an open one it leaves to its writer."""
+        ...
+
+    def cache_lend(self, keys: Sequence[bytes]) -> tuple[int, ...] | None:
+        """The leading ones of these blocks that are cached and have room, in hand-over memory, held there until
+        `cache_return`; None when there is no room now. Only for blocks that were published without numbers."""
+        ...
+
+    def cache_return(self, blocks: Sequence[int]) -> None:
+        """Nobody reads them any more."""
         ...
 
 

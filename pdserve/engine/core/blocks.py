@@ -37,11 +37,16 @@ class BlockManager:
         self._block_of: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.num_blocks))
         """First to be reused first: blocks without a key, then the least recently used."""
+        self._evicted: dict[bytes, None] = {}
+        """Keys that were forgotten since `take_evicted`."""
 
     @property
     def num_available(self) -> int:
         """Free and not reserved."""
         return len(self._free) - self.num_reserved
+
+    def is_held(self, block: int) -> bool:
+        return self._refs[block] > 0
 
     def is_shared(self, block: int) -> bool:
         return self._refs[block] > 1
@@ -131,6 +136,11 @@ class BlockManager:
         if key not in self._block_of and self._key_of[block] is None:
             self._block_of[key] = block
             self._key_of[block] = key
+            self._evicted.pop(key, None)
+
+    def find(self, key: bytes) -> int | None:
+        """The block under one key."""
+        return self._block_of.get(key)
 
     def lookup(self, keys: Iterable[bytes]) -> list[int]:
         """Blocks of the longest known prefix of the chain `keys`."""
@@ -147,6 +157,20 @@ class BlockManager:
         if key is not None:
             del self._block_of[key]
             self._key_of[block] = None
+            self._evicted[key] = None
+
+    @property
+    def has_evicted(self) -> bool:
+        return bool(self._evicted)
+
+    def take_evicted(self) -> list[bytes]:
+        """Keys that were lost since this was last asked, and are not known again."""
+        evicted, self._evicted = list(self._evicted), {}
+        return evicted
+
+    def keys(self) -> list[bytes]:
+        """Everything that can be found."""
+        return list(self._block_of)
 
     # Self-check
 

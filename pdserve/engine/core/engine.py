@@ -19,8 +19,10 @@ from itertools import chain
 
 from pdserve.engine.base import ImportTarget, KVMemory, KVMemoryFactory, StepResult
 from pdserve.engine.core.config import CoreConfig
+from pdserve.engine.core.fills import Fills
 from pdserve.engine.core.handover import Exports, Import
 from pdserve.engine.core.handover_area import open_area
+from pdserve.engine.core.news import CacheNews
 from pdserve.engine.core.runner import ModelRunner, Sampled
 from pdserve.engine.core.scheduler import Batch, Reservation, Scheduler
 from pdserve.engine.core.sequences import Choice, Group, Work, check_request, end_of
@@ -42,9 +44,12 @@ class LocalEngine:
         pool_tokens = config.num_blocks * self._block_tokens
         self._model = replace(runner.model, max_model_len=min(runner.model.max_model_len, pool_tokens))
         self._area = open_area(runner, memory_factory, config)
-        self._scheduler = Scheduler(config, self._area.pool, self._block_tokens)
+        self._news = CacheNews(self._area)
+        self._fills = Fills(self._area, self._news)
+        self._scheduler = Scheduler(config, self._area.pool, self._block_tokens, self._fills, self._news)
         self._exports = Exports(self._area, self._block_tokens)
         self._imports: dict[int, Import] = {}
+        self._lent: list[list[int]] = []
         self._groups: dict[int, Group] = {}
         """By each of a request's handles."""
         self._finishes: list[Finish] = []
@@ -88,6 +93,8 @@ class LocalEngine:
         group = self._groups.get(handle)
         if group is not None and group.handle == handle:
             self._close_group(group)
+        else:
+            self._fills.close(handle)
 
     def cancel_choice(self, handle: int) -> None:
         group = self._groups.get(handle)
@@ -125,6 +132,7 @@ class LocalEngine:
         self._drop_import(group)
         self._drop_sequences(group)
         self._exports.forget(group.handle)
+        self._fills.close(group.handle)
         for handle in range(group.handle, group.handle + group.request.params.n):
             self._groups.pop(handle, None)
 
@@ -141,7 +149,7 @@ class LocalEngine:
 
     def has_work(self) -> bool:
         could_run = self._scheduler.has_sequences or self._exports.has_pending
-        return bool(self._finishes) or (could_run and not self._scheduler.stuck)
+        return bool(self._finishes or self._news) or (could_run and not self._scheduler.stuck)
 
     def step(self) -> StepResult:
         return self.finish(self.schedule())
@@ -169,6 +177,8 @@ class LocalEngine:
             self._postprocess(items, self._runner.run(items), result.output)
         result.output.finishes, self._finishes = self._finishes, []
         result.exports = self._exports.flush()
+        result.num_prompt_tokens = batch.num_prompt_tokens
+        self._news.flush(result)
         return result
 
     @staticmethod
@@ -225,8 +235,10 @@ class LocalEngine:
         if group.phase is Phase.PREFILL:
             self._export(group)
         if group.context_done:
+            self._fills.close(group.handle)
             num_prompt_tokens = len(group.request.prompt_token_ids)
-            output.prompts.append(PromptStats(group.handle, num_prompt_tokens, group.num_cached_tokens or 0))
+            stats = PromptStats(group.handle, num_prompt_tokens, group.num_cached_tokens, group.num_fetched_tokens)
+            output.prompts.append(stats)
 
     def _export(self, group: Group) -> None:
         carrier = group.carrier
@@ -267,6 +279,8 @@ class LocalEngine:
         fork.keys = list(carrier.keys)
         fork.num_computed_tokens = carrier.num_computed_tokens
         fork.num_published = carrier.num_published
+        if fork.handle != carrier.handle:
+            self._scheduler.tell(fork, 0)
 
     # Hand-over
 
@@ -356,6 +370,40 @@ class LocalEngine:
             if not group.carrier.block_table:
                 self._scheduler.withdraw(incoming.reservation)
 
+    # Prefix cache
+
+    def cache_open(self, handle: int, keys: Seq[bytes], first_block: int = 0) -> ImportTarget | None:
+        if not self._config.prefix_cache:
+            return None
+        return self._fills.open(handle, keys, first_block, self._scheduler.room_for_fill())
+
+    def cache_commit(self, handle: int, num_blocks: int) -> None:
+        self._fills.commit(handle, num_blocks)
+        self._scheduler.stuck = False
+
+    def cache_drop(self, handle: int) -> None:
+        self._fills.drop(handle)
+        self._scheduler.stuck = False
+
+    def cache_lend(self, keys: Seq[bytes]) -> tuple[int, ...] | None:
+        found = self._area.pool.lookup(keys)
+        if not found or self._exports.has_pending:
+            return None  # hand-overs go first
+        self._area.pool.acquire(found)
+        lent = self._area.export(found)
+        self._area.pool.free(found[len(lent) :])
+        self._lent.append(lent)
+        return tuple(lent) or None
+
+    def cache_return(self, blocks: Seq[int]) -> None:
+        self._lent.remove(list(blocks))
+        self._area.release(blocks)
+        self._scheduler.stuck = False
+
+    def cached_keys(self) -> list[bytes]:
+        """Every key that the prefix cache can find."""
+        return self._area.pool.keys()
+
     # State
 
     def load(self) -> EngineLoad:
@@ -382,5 +430,9 @@ class LocalEngine:
         groups = {id(group): group for group in self._groups.values()}.values()
         tables = (seq.block_table for group in groups for seq in group.sequences())
         imported = chain.from_iterable(incoming.area_blocks() for incoming in self._imports.values())
-        self._area.check_integrity(chain(tables, self._exports.pool_blocks()), self._exports.area_blocks(), imported)
+        self._area.check_integrity(
+            pool=chain(tables, self._exports.pool_blocks(), self._fills.pool_blocks()),
+            exported=chain(self._exports.area_blocks(), self._lent),
+            imported=chain(imported, self._fills.area_blocks()),
+        )
         self._scheduler.check_integrity(groups)

@@ -47,6 +47,11 @@ class HandoverArea(Protocol):
 
     def generations_of(self, blocks: Blocks) -> tuple[int, ...]: ...
 
+    @property
+    def import_room(self) -> int:
+        """Blocks for which `open_import` has room now."""
+        ...
+
     def open_import(self, pool_blocks: Blocks) -> list[int] | None:
         """Where peers' bytes for these blocks are to be written; None while there is no room. Raises
         `HandoverError` if there never will be."""
@@ -83,6 +88,10 @@ class DirectArea:
 
     def generations_of(self, blocks: Blocks) -> tuple[int, ...]:
         return self.pool.generations_of(blocks)
+
+    @property
+    def import_room(self) -> int:
+        return self.pool.num_blocks
 
     def open_import(self, pool_blocks: Blocks) -> list[int]:
         return list(pool_blocks)
@@ -123,6 +132,10 @@ class StagedArea:
 
     def generations_of(self, blocks: Blocks) -> tuple[int, ...]:
         return self._staging.generations_of(blocks)
+
+    @property
+    def import_room(self) -> int:
+        return self._staging.num_available
 
     def open_import(self, pool_blocks: Blocks) -> list[int] | None:
         if len(pool_blocks) > self._staging.num_blocks:

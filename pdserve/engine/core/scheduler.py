@@ -7,6 +7,9 @@ mostly still in the prefix cache). PREFILL submissions are never preempted: what
 
 Nothing waits for ever: a sequence only ever waits for older ones, or for blocks that a peer or a transfer holds. The
 oldest one may take everything from the younger if else the step would be empty.
+
+Blocks that became known while a prompt was under way (another request computed them, or they were fetched) are taken
+instead of computed, where they begin at the end of a chunk.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from dataclasses import dataclass, field
 
 from pdserve.engine.core.blocks import BlockManager
 from pdserve.engine.core.config import CoreConfig
+from pdserve.engine.core.fills import Fills
+from pdserve.engine.core.news import CacheNews
 from pdserve.engine.core.sequences import Choice, Group, Order, Work
 from pdserve.types import Phase
 
@@ -29,6 +34,8 @@ class Batch:
     copy_sources: list[int] = field(default_factory=list)
     copy_targets: list[int] = field(default_factory=list)
     """Pool blocks that were copied on write for this step."""
+    num_prompt_tokens: int = 0
+    """Of prompts, and of what is recomputed."""
 
     @property
     def num_tokens(self) -> int:
@@ -60,7 +67,9 @@ def _order(entry: Choice | Reservation) -> Order:
 class Scheduler:
     """Owns the queues and the block tables of all sequences that are to run."""
 
-    def __init__(self, config: CoreConfig, pool: BlockManager, block_tokens: int) -> None:
+    def __init__(
+        self, config: CoreConfig, pool: BlockManager, block_tokens: int, fills: Fills, news: CacheNews
+    ) -> None:
         self.decoding: list[Choice] = []
         self.prefilling: list[Choice] = []
         self.waiting: list[Choice] = []
@@ -75,6 +84,8 @@ class Scheduler:
         self.num_hit_tokens = 0
         self._config = config
         self._pool = pool
+        self._fills = fills
+        self._news = news
         self._block_tokens = block_tokens
         self._watermark = int(config.watermark * pool.num_blocks)
         self._step = 0
@@ -119,9 +130,10 @@ class Scheduler:
         """Grant reservations in order, leaving room for whoever has waited longer."""
         while self.reserving:
             first = self.reserving[0]
-            if first.num_blocks + self._need_of_older_waiting(first) > self._pool.num_available:
+            if first.num_blocks + self._need_of_older_waiting(first) <= self._pool.num_available:
+                self._grant(first)
+            elif not self._fills.give_way():
                 return
-            self._grant(first)
 
     def withdraw(self, reservation: Reservation) -> None:
         """The reservation is used up or no longer wanted."""
@@ -194,9 +206,15 @@ class Scheduler:
         """Make its full blocks findable."""
         if not self._config.prefix_cache:
             return
-        for index in range(seq.num_published, seq.num_computed_tokens // self._block_tokens):
+        first, seq.num_published = seq.num_published, seq.num_computed_tokens // self._block_tokens
+        for index in range(first, seq.num_published):
             self._pool.publish(seq.block_table[index], seq.key(index, self._block_tokens))
-            seq.num_published = index + 1
+        self.tell(seq, first)
+
+    def tell(self, seq: Choice, first: int) -> None:
+        """Its blocks from `first` to the last one that the cache knows are news."""
+        end = seq.num_published
+        self._news.took(seq.handle, first, seq.keys[first:end], seq.block_table[first:end])
 
     def cached_keys(self, seq: Choice, num_tokens: int) -> Iterable[bytes]:
         """Keys of the full blocks within its first `num_tokens` tokens, to be looked up."""
@@ -225,13 +243,45 @@ class Scheduler:
         return budget
 
     def _append(self, seq: Choice, batch: Batch, budget: int) -> int:
-        """Put the next chunk of a sequence that has room into the batch; its number of tokens."""
+        """Put the next chunk of a sequence that has room into the batch; its number of tokens, 0 while what comes
+        next is being fetched."""
+        self._adopt(seq)
         left = seq.num_uncomputed_tokens
-        num_tokens = min(left, self._config.chunk_tokens, budget)
+        num_tokens = min(left, self._config.chunk_tokens, budget, self._left_to_compute(seq))
+        if not num_tokens:
+            return 0
         choices = self._sampled(seq) if num_tokens == left else ()
         batch.items.append(Work(seq, seq.num_computed_tokens, num_tokens, choices))
+        batch.num_prompt_tokens += num_tokens
         seq.step = self._step
         return num_tokens
+
+    def _adopt(self, seq: Choice) -> None:
+        """Take blocks that have become known instead of computing them; the last token is always computed."""
+        first, rest = divmod(seq.num_computed_tokens, self._block_tokens)
+        if rest or not self._config.prefix_cache or seq.num_published < first:
+            return
+        index, limit = first, (len(seq.token_ids) - 1) // self._block_tokens
+        while index < limit and (block := self._pool.find(seq.key(index, self._block_tokens))) is not None:
+            self._pool.acquire([block])
+            self._pool.free([seq.block_table[index]])
+            seq.block_table[index] = block
+            index += 1
+        if index > first:
+            seq.num_published, seq.num_computed_tokens = index, index * self._block_tokens
+            self._count_hits(seq, index - first)
+            self.tell(seq, first)
+
+    def _left_to_compute(self, seq: Choice) -> int:
+        """Tokens up to those that were, or are being, fetched for it."""
+        first = self._fills.start(seq.group.handle)
+        left = seq.num_uncomputed_tokens
+        if first is None or seq.group.context_done:
+            return left
+        to_fetched = first * self._block_tokens - seq.num_computed_tokens
+        if to_fetched > 0:
+            return to_fetched
+        return 0 if not to_fetched and self._fills.is_open(seq.group.handle) else left
 
     @staticmethod
     def _sampled(seq: Choice) -> tuple[Choice, ...]:
@@ -270,6 +320,8 @@ class Scheduler:
             table = self._pool.open_table(self.cached_keys(seq, num_tokens - 1), num_blocks, spare)
             if table is not None:
                 break
+            if self._fills.give_way():
+                continue
             if batch.items or not self._preempt_younger(seq):
                 return False
         self._hold(seq, *table)
@@ -280,9 +332,18 @@ class Scheduler:
         seq.num_published = num_found
         seq.num_computed_tokens = num_found * self._block_tokens
         self.num_queried_tokens += len(seq.token_ids)
-        self.num_hit_tokens += seq.num_computed_tokens
-        if seq.group.num_cached_tokens is None:
-            seq.group.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
+        self._count_hits(seq, num_found)
+        self.tell(seq, 0)
+
+    def _count_hits(self, seq: Choice, num_blocks: int) -> None:
+        """Blocks were found in the cache; what it had of its prompt when that is complete is what it tells."""
+        group = seq.group
+        self.num_hit_tokens += num_blocks * self._block_tokens
+        num_fetched = self._fills.settle(group.handle, seq.num_computed_tokens // self._block_tokens)
+        if not group.context_done and not group.was_preempted:
+            num_cached = group.num_cached_tokens + num_blocks * self._block_tokens
+            group.num_cached_tokens = min(num_cached, seq.num_prompt_tokens)
+            group.num_fetched_tokens = max(group.num_fetched_tokens, num_fetched * self._block_tokens)
 
     def _make_room(self, seq: Choice, batch: Batch) -> bool:
         """Blocks of its own for all tokens to be computed; False if it must sit this step out."""
@@ -295,6 +356,8 @@ class Scheduler:
                 return True
             if missing + shared <= self._pool.num_available:
                 break
+            if self._fills.give_way():
+                continue
             if not self._preempt_younger(seq):
                 return False
         if shared:
@@ -347,6 +410,7 @@ class Scheduler:
     def _preempt(self, victim: Choice) -> None:
         """Recompute later: what it has put out stays, and its next token keeps its output index."""
         self.num_preemptions += 1
+        victim.group.was_preempted = True
         self.remove(victim)
         insort(self.waiting, victim, key=_order)
 
@@ -367,6 +431,13 @@ class Scheduler:
         if not self.reserving or self.reserving[0].order > seq.order:
             return 0
         return self.reserving[0].num_blocks
+
+    def room_for_fill(self) -> int:
+        """Blocks that a fill may take: what nobody waits for."""
+        room = self._pool.num_available - self._watermark
+        if self.waiting:
+            room -= self.num_blocks_for(len(self.waiting[0].token_ids)) - len(self.waiting[0].block_table)
+        return room - (self.reserving[0].num_blocks if self.reserving else 0)
 
     # Self-check
 

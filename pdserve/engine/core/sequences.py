@@ -74,8 +74,11 @@ class Group:
     """Computes (or imports) the context; it is choice 0 itself when n is 1, else it is forked at the end."""
     forks: dict[int, Choice] = field(default_factory=dict)
     context_done: bool = False
-    num_cached_tokens: int | None = None
-    """Of the prompt, when it was first admitted."""
+    num_cached_tokens: int = 0
+    """Of the prompt: found in the cache, at its first admission or later, instead of computed."""
+    num_fetched_tokens: int = 0
+    """Of those, brought from a store for this request."""
+    was_preempted: bool = False
     num_exported_tokens: int = 0
 
     def __post_init__(self) -> None:

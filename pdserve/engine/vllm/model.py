@@ -11,6 +11,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 
 from pdserve.engine.vllm.convert import model_folder
+from pdserve.engine.vllm.layouts import KVShape, fits_window, kv_shape
 from pdserve.engine.vllm.settings import VllmSettings
 from pdserve.errors import ConfigError
 from pdserve.models import ResolvedModel, resolve
@@ -28,6 +29,7 @@ class ModelPlan:
 
     args: AsyncEngineArgs
     layout: KVLayout
+    shape: KVShape
     model: ModelInfo
     """Without EOS tokens: those come from the tokenizer that vLLM loads."""
     tp_size: int
@@ -35,34 +37,36 @@ class ModelPlan:
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
         """[layer, K/V, kv_head of all ranks, token, head_dim]."""
-        layout = self.layout
-        return (layout.num_layers, 2, layout.num_kv_heads, layout.block_tokens, layout.head_dim)
+        layout, shape = self.layout, self.shape
+        return (layout.num_layers, shape.num_sides, shape.num_heads, layout.block_tokens, shape.head_dim)
 
 
 def plan_model(settings: VllmSettings) -> ModelPlan:
     """Read the model's config, no weights. Raises `ConfigError` naming the key of what vLLM won't take."""
     resolved = resolve(settings.model)
     args = _engine_args(settings, resolved)
-    try:
-        model = args.create_model_config()
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"vLLM cannot take model {settings.model!r}: {error}", key="model") from error
+    model = _model_config(args, settings)
+    if fits_window(model):
+        args.disable_sliding_window = True
+        model = _model_config(args, settings)
+    shape = kv_shape(model)
     name = str(model.dtype)
     if name not in _DTYPES:
         raise ConfigError(f"KV of {name} cannot be handed over; use bf16 or fp32", key="dtype")
     dtype, item_bytes = _DTYPES[name]
-    heads, tp_size = model.get_total_num_kv_heads(), args.tensor_parallel_size
-    if heads % tp_size:
+    heads, tp_size = shape.num_heads, args.tensor_parallel_size
+    if heads % tp_size and tp_size % heads:
         raise ConfigError(f"{heads} KV heads do not divide among {tp_size} ranks", key="vllm.tensor_parallel_size")
-    layers, dim = model.get_total_num_hidden_layers(), model.get_head_size()
+    layers, tokens = model.get_total_num_hidden_layers(), settings.block_tokens
     layout = KVLayout(
         model_revision=resolved.revision,
         dtype=dtype,
-        block_tokens=settings.block_tokens,
+        block_tokens=tokens,
         num_layers=layers,
         num_kv_heads=heads,
-        head_dim=dim,
-        block_bytes=layers * 2 * heads * settings.block_tokens * dim * item_bytes,
+        head_dim=shape.head_dim,
+        block_bytes=layers * shape.num_sides * heads * tokens * shape.head_dim * item_bytes,
+        order=shape.order,
     )
     info = ModelInfo(
         name=settings.name or resolved.name,
@@ -72,7 +76,14 @@ def plan_model(settings: VllmSettings) -> ModelPlan:
         vocab_size=model.get_vocab_size(),
         eos_token_ids=(),
     )
-    return ModelPlan(args, layout, info, tp_size)
+    return ModelPlan(args, layout, shape, info, tp_size)
+
+
+def _model_config(args: AsyncEngineArgs, settings: VllmSettings) -> Any:
+    try:
+        return args.create_model_config()
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"vLLM cannot take model {settings.model!r}: {error}", key="model") from error
 
 
 def finish_config(plan: ModelPlan, settings: VllmSettings, connector: dict[str, Any]) -> VllmConfig:

@@ -4,6 +4,7 @@ vLLM shows every layer as [page, kv_head, token, 2 * head_dim], but on CPU that 
 then V, each in the order its kernel likes (K transposed, or packed in pairs for AMX). Rather than repeat those orders
 here, `probe_order` lets vLLM's own kernel write known numbers into a scratch page and reads where they went. On GPUs
 the nominal shape is the real one: K in the first half of the last axis, V in the second (FlashAttention, FlashInfer).
+With MLA a token has one latent and no V, written as it is everywhere.
 
 What leaves and enters is a hand-over block: [layer, K/V, kv_head, token, head_dim].
 """
@@ -39,6 +40,16 @@ class HalvesOrder:
 
     def write(self, layer: torch.Tensor, pages: torch.Tensor, content: torch.Tensor) -> None:
         layer[pages] = torch.cat((content[:, 0], content[:, 1]), dim=-1)
+
+
+class LatentOrder:
+    """MLA: the last axis is a token's latent; neither sides nor heads."""
+
+    def read(self, layer: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        return layer[pages].unsqueeze(1)
+
+    def write(self, layer: torch.Tensor, pages: torch.Tensor, content: torch.Tensor) -> None:
+        layer[pages] = content[:, 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,20 +168,25 @@ class PagedKV:
 
 
 def paged_kv(
-    caches: Mapping[str, torch.Tensor], attention: Mapping[str, Any], block_tokens: int, vllm_block: int
+    caches: Mapping[str, torch.Tensor],
+    attention: Mapping[str, Any],
+    block_tokens: int,
+    vllm_block: int,
+    *,
+    latent: bool = False,
 ) -> PagedKV:
     """The caches that vLLM registers, checked. `attention` are its attention layers by the same names.
 
     Raises `ConfigError` for what cannot be handed over: unequal layers, or pages smaller than a hand-over block.
     """
-    layers = tuple(caches.values())
+    layers = tuple(cache.unsqueeze(1) if latent and cache.ndim == 3 else cache for cache in caches.values())
     first = layers[0]
-    if any(layer.ndim != 4 or layer.shape[1:] != first.shape[1:] for layer in layers):
-        raise ConfigError("pdserve hands over full attention only, equal in all layers", key="model")
+    if any(layer.ndim != 4 or layer.shape[1:] != first.shape[1:] or layer.dtype != first.dtype for layer in layers):
+        raise ConfigError("KV that is not equal in all layers is not supported", key="model")
     page = first.shape[2]
     if page % block_tokens or vllm_block % page:
         raise ConfigError(f"block_tokens {block_tokens} must divide vLLM's page of {page} tokens", key="block_tokens")
-    order: PageOrder = HalvesOrder()
-    if first.device.type == "cpu":
+    order: PageOrder = LatentOrder() if latent else HalvesOrder()
+    if first.device.type == "cpu" and not latent:
         order = probe_order(attention[next(iter(caches))], first.shape, first.dtype)
     return PagedKV(layers, order, block_tokens, vllm_block)
