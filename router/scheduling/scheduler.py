@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic
 
 from pdserve.errors import NoWorker
 from pdserve.types import Role
-from router.scheduling.base import Candidate, Filter, Need, Profile, Weighted
+from router.scheduling.base import Candidate, Filter, Need, Pick, Profile, Weighted, WorkerT
 from router.scheduling.filters import (
     FitsPool,
     HasBlockSize,
@@ -22,29 +22,8 @@ from router.scheduling.filters import (
 from router.scheduling.pickers import MaxScore
 from router.scheduling.scorers import LeastSeqs, LeastTokens, context_tokens, prefill_tokens
 
-WorkerT = TypeVar("WorkerT", bound=Candidate)
-
 MAX_NAMED_REFUSALS = 8
 """Candidates whose refusal an error names; a large pool's would not fit a status message."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pick:
-    """Why a worker was taken for a role; put into words only when somebody asks."""
-
-    role: str
-    worker_id: str
-    num_passed: int
-    num_workers: int
-    scores: tuple[tuple[str, float], ...]
-
-    def reasons(self) -> list[str]:
-        scores = [f"{self.role}.{name}={score:.3f}" for name, score in self.scores]
-        return [
-            f"{self.role}={self.worker_id}",
-            f"{self.role}.candidates={self.num_passed}/{self.num_workers}",
-            *scores,
-        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +40,14 @@ class Placed(Generic[WorkerT]):
         return tuple(reason for pick in self.picks for reason in pick.reasons())
 
 
+def standing_and_filters(block_tokens: int) -> tuple[tuple[Filter, ...], tuple[Filter, ...]]:
+    """Those of every profile."""
+    return (HasRole(), ServesModel(), NotDraining(), HasBlockSize(block_tokens)), (FitsPool(), MatchesPartner())
+
+
 def least_loaded(seed: int, block_tokens: int) -> dict[Role, Profile]:
     """The default policy. Tokens weigh more than seats: a step's time follows tokens, seats only bound it."""
-    standing = (HasRole(), ServesModel(), NotDraining(), HasBlockSize(block_tokens))
-    filters = (FitsPool(), MatchesPartner())
+    standing, filters = standing_and_filters(block_tokens)
     picker = MaxScore(random.Random(seed))
     seqs = Weighted("least_seqs", LeastSeqs(), 1.0)
     prefill = Weighted("least_prefill_tokens", LeastTokens(prefill_tokens), 2.0)
@@ -97,9 +80,9 @@ class Scheduler(Generic[WorkerT]):
         if need.model not in self._partnered:
             self._partnered[need.model] = [each for each in decodes if _has_partner(each, prefills)]
         sizes = need.model, need.num_prompt_tokens, need.max_tokens
-        decode_need = Need(Role.DECODE, *sizes)
+        decode_need = Need(Role.DECODE, *sizes, None, need.session, need.reach)
         decode, decode_pick = self._choose(self._partnered[need.model] or decodes, workers, decode_need)
-        prefill_need = Need(Role.PREFILL, *sizes, decode.info)
+        prefill_need = Need(Role.PREFILL, *sizes, decode.info, need.session, need.reach)
         prefill, prefill_pick = self._choose(prefills, workers, prefill_need)
         return Placed(prefill, decode, (prefill_pick, decode_pick))
 
@@ -112,14 +95,14 @@ class Scheduler(Generic[WorkerT]):
         pool = self._pools.get((role, model))
         if pool is None:
             filters, need = self._profiles[role].standing, Need(role, model, 0, 0)
-            pool = self._pools[role, model] = [each for each in workers if _refusal(filters, each, need) is None]
+            pool = self._pools[role, model] = [each for each in workers if refusal(filters, each, need) is None]
         return pool
 
     def _choose(self, pool: Sequence[WorkerT], workers: Sequence[WorkerT], need: Need) -> tuple[WorkerT, Pick]:
         profile = self._profiles[need.role]
-        passed = [worker for worker in pool if _refusal(profile.filters, worker, need) is None]
+        passed = [worker for worker in pool if refusal(profile.filters, worker, need) is None]
         if not passed:
-            raise _no_worker(profile, workers, need)
+            raise no_worker(profile.standing + profile.filters, workers, need)
         totals, parts = _scores(profile, passed, need)
         index = profile.picker.pick(totals)
         chosen = passed[index]
@@ -127,7 +110,7 @@ class Scheduler(Generic[WorkerT]):
         return chosen, Pick(need.role.value, chosen.info.worker_id, len(passed), len(workers), scores)
 
 
-def _refusal(filters: Sequence[Filter], worker: Candidate, need: Need) -> str | None:
+def refusal(filters: Sequence[Filter], worker: Candidate, need: Need) -> str | None:
     for each in filters:
         reason = each.refuse(worker, need)
         if reason is not None:
@@ -146,9 +129,8 @@ def _scores(
     return totals, parts
 
 
-def _no_worker(profile: Profile, workers: Sequence[Candidate], need: Need) -> NoWorker:
-    filters = profile.standing + profile.filters
-    refused = [f"{worker.info.worker_id}: {_refusal(filters, worker, need)}" for worker in workers]
+def no_worker(filters: Sequence[Filter], workers: Sequence[Candidate], need: Need) -> NoWorker:
+    refused = [f"{worker.info.worker_id}: {refusal(filters, worker, need)}" for worker in workers]
     named = ", ".join(refused[:MAX_NAMED_REFUSALS]) or "none is connected"
     more = f" and {len(refused) - MAX_NAMED_REFUSALS} more" if len(refused) > MAX_NAMED_REFUSALS else ""
     role = need.role.value
