@@ -21,7 +21,7 @@ from pdserve.rpc import RpcServer
 from pdserve.tokens import Tokenizer
 from pdserve.wire.session import RouterHello
 from router.core import CoreOptions, RouterCore
-from router.discovery import Discovery, StaticDiscovery
+from router.discovery import Discovery, make_discovery
 from router.fleet import Fleet
 from router.grpc_face import InferenceFace
 from router.http.limits import HttpLimits
@@ -46,10 +46,10 @@ class Router:
     grpc_port: int
 
     def __init__(self, config: RouterConfig, discovery: Discovery | None = None) -> None:
-        """Raises `ConfigError` for workers that are no host:port."""
+        """Raises `ConfigError` for discovery that can't begin."""
         self.registry = CollectorRegistry()
         self._config = config
-        self._discovery = discovery or StaticDiscovery(config.workers)
+        self._discovery = discovery or make_discovery(config)
         self._metrics = RouterMetrics(self.registry)
         self._changed = asyncio.Event()
         self._readiness: asyncio.Task[None] | None = None

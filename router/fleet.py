@@ -6,7 +6,9 @@ A connected worker is a `router.session.Link`; `links` is what the scheduler cho
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator
+from contextlib import aclosing
 
 from pdserve.rpc import Tls
 from pdserve.types import ModelInfo, Role
@@ -15,6 +17,10 @@ from router.discovery import Discovery
 from router.keeper import Keeper
 from router.scheduling.filters import compatible
 from router.session import Link
+
+DISCOVERY_RETRY_S = 5.0
+
+log = logging.getLogger(__name__)
 
 
 class Fleet:
@@ -38,7 +44,7 @@ class Fleet:
         self._on_change = on_change
         self._on_lost = on_lost
         self._keepers: dict[str, Keeper] = {}
-        self._retired: set[Keeper] = set()
+        self._retired: dict[str, Keeper] = {}
         self._watcher: asyncio.Task[None] | None = None
         self.links: list[Link] = []
         self._listeners: list[Callable[[], None]] = []
@@ -57,20 +63,39 @@ class Fleet:
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.wait([self._watcher])
-        for keeper in [*self._keepers.values(), *self._retired]:
+        for keeper in [*self._keepers.values(), *self._retired.values()]:
             await keeper.close()
 
     async def _watch(self) -> None:
-        async for addresses in self._discovery.watch():
-            for address in self._keepers.keys() - addresses:
-                self._retire(self._keepers.pop(address))
-            for address in sorted(addresses - self._keepers.keys()):
+        """Discovery lives through what fails around it; should it break itself, the workers known so far stay."""
+        while True:
+            try:
+                async with aclosing(self._discovery.watch()) as changes:
+                    async for addresses in changes:
+                        self._follow(addresses)
+                return
+            except Exception:
+                log.exception("discovery broke; it begins anew in %g s", DISCOVERY_RETRY_S)
+            await asyncio.sleep(DISCOVERY_RETRY_S)
+
+    def _follow(self, addresses: frozenset[str]) -> None:
+        for address in self._keepers.keys() - addresses:
+            self._retire(address, self._keepers.pop(address))
+        for address in sorted(addresses - self._keepers.keys()):
+            retired = self._retired.pop(address, None)
+            if retired is not None and retired.recall():
+                self._keepers[address] = retired
+            else:
                 self._keepers[address] = Keeper(address, self, self._hello, self._tls, self._max_backoff_s)
 
-    def _retire(self, keeper: Keeper) -> None:
-        self._retired.add(keeper)
-        keeper.task.add_done_callback(lambda _: self._retired.discard(keeper))
+    def _retire(self, address: str, keeper: Keeper) -> None:
+        self._retired[address] = keeper
+        keeper.task.add_done_callback(lambda _: self._forget(address, keeper))
         keeper.retire()
+
+    def _forget(self, address: str, keeper: Keeper) -> None:
+        if self._retired.get(address) is keeper:
+            del self._retired[address]
 
     # ---- what is there ----
 

@@ -55,6 +55,13 @@ class Keeper:
         else:
             self._link.leave()
 
+    def recall(self) -> bool:
+        """The address is back, as that of a worker whose probe had failed. False: too late, its stream is ending."""
+        if self.task.done() or self._link is None or not self._link.stay():
+            return False
+        self._retired = False
+        return True
+
     async def close(self) -> None:
         """End the stream; the worker cancels what is left on it."""
         self.task.cancel()

@@ -32,6 +32,7 @@ from worker_core.identity import fingerprint
 from worker_core.jobs import JobTable
 from worker_core.memory_port import MemoryPort, advertised_host
 from worker_core.puller import Puller
+from worker_core.registration import Registration, make_registration
 from worker_core.session import Session
 
 STOP_GRACE_S = 2.0
@@ -63,6 +64,7 @@ class Worker:
         self._load: EngineLoad | None = None
         self._ready = asyncio.Event()
         self._draining = False
+        self._registration: Registration | None = None
         self._state = "loading"
         self.failed: asyncio.Future[PdserveError] = asyncio.get_running_loop().create_future()
         """Done when the engine broke: the process should end."""
@@ -79,6 +81,9 @@ class Worker:
         await self._server.set_serving(True)
         self._state = "ready"
         self._ready.set()
+        if self._config.registry.url:
+            self._registration = make_registration(self._config.registry, self.info)
+            self._registration.start()
 
     def _build(self) -> HandoverEngine:
         """In the engine's thread."""
@@ -138,6 +143,7 @@ class Worker:
             return
         self._draining = self.jobs.draining = True
         self._state = "draining"
+        leaving = asyncio.ensure_future(self._registration.leave()) if self._registration else None
         log.info("draining", extra={"requests": len(self.jobs)})
         await self._server.set_serving(False)
         for session in self.jobs.sessions:
@@ -146,9 +152,13 @@ class Worker:
             await asyncio.wait_for(self.jobs.wait_empty(), self._config.drain_timeout_s)
         except TimeoutError:
             log.warning("drain timed out", extra={"requests": len(self.jobs)})
+        if leaving is not None:
+            await leaving
 
     async def stop(self) -> None:
         """End at once: requests fail, streams end, memory is unlinked. Idempotent."""
+        if self._registration is not None:
+            await self._registration.close()
         if self._ready.is_set():
             self._ready.clear()
             self.jobs.fail_all(Draining("this worker has stopped; submit elsewhere"))

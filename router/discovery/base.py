@@ -1,0 +1,61 @@
+"""Where the workers are: whoever knows yields the set of their addresses each time it changes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncGenerator, Iterable
+from typing import Protocol
+
+from pdserve.errors import ConfigError, ServiceError
+
+
+class Discovery(Protocol):
+    """What a fleet follows. A failure on the way to whoever knows is never a change: the last set stays."""
+
+    def watch(self) -> AsyncGenerator[frozenset[str]]:
+        """host:port of every worker, at once and again at each change. It may end: then nothing changes any more."""
+        ...
+
+
+class DiscoveryError(ServiceError):
+    """Whoever knows the workers does not answer, or not as it should. Stays within discovery, which tries again."""
+
+    reason = "discovery_failed"
+
+
+class StaticDiscovery:
+    """A list from the config. Raises `ConfigError` (key "workers") for an entry that is no host:port."""
+
+    def __init__(self, addresses: Iterable[str]) -> None:
+        self._addresses = frozenset(addresses)
+        for address in self._addresses:
+            host, _, port = address.rpartition(":")
+            if not host or not port.isdigit() or not 0 < int(port) < 65536:
+                raise ConfigError(f"workers: {address!r} is not host:port", key="workers")
+
+    async def watch(self) -> AsyncGenerator[frozenset[str]]:
+        yield self._addresses
+
+
+class Backoff:
+    """Waits between tries: doubled up to a bound, with jitter so that routers don't march in step."""
+
+    FIRST_S = 0.1
+    MAX_S = 5.0
+
+    def __init__(self) -> None:
+        self._next_s = self.FIRST_S
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last try failed."""
+        return self._next_s > self.FIRST_S
+
+    def reset(self) -> None:
+        self._next_s = self.FIRST_S
+
+    def take(self) -> float:
+        """Seconds to wait after one more failure."""
+        wait_s = self._next_s
+        self._next_s = min(2 * wait_s, self.MAX_S)
+        return wait_s * random.uniform(0.5, 1.0)
