@@ -6,42 +6,27 @@ message that can't be read becomes a typed status like any other error. Keepaliv
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
-import os
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, TypeVar
 
 import grpc
-from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError
-from google.rpc.error_details_pb2 import ErrorInfo
-from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from pdserve.errors import (
-    ConfigError,
-    DeadlineExceeded,
-    EngineFailed,
-    InvalidRequest,
-    Overloaded,
-    PayloadTooLarge,
-    PdserveError,
-    RequestCancelled,
-    ServiceError,
-    WorkerLost,
-    from_fields,
-)
+from pdserve.errors import ConfigError, EngineFailed, InvalidRequest, PayloadTooLarge, PdserveError
+from pdserve.rpc_errors import DETAILS_KEY, error_from_call, error_status
+from pdserve.rpc_stream import ClientStream
+from pdserve.tls import Tls
 from pdserve.wire import AnyMethod, Method
+
+__all__ = ["Channel", "ClientStream", "RpcServer", "ServerStream", "Tls", "guard", "is_loopback"]
 
 ReqT = TypeVar("ReqT")
 RespT = TypeVar("RespT")
 
-ERROR_DOMAIN = "pdserve"
-"""`google.rpc.ErrorInfo.domain` of every error of ours."""
-_DETAILS_KEY = "grpc-status-details-bin"
 _SLACK_BYTES = 4 << 20
 """gRPC itself refuses only beyond limit + slack, so that between the two the refusal is ours, and typed."""
 _KEEPALIVE = [
@@ -53,40 +38,6 @@ _KEEPALIVE = [
 _CONNECT_TIMEOUT_MS = 5_000
 """For one attempt to connect, TLS included. gRPC calls it the minimal reconnect back-off, and gives up on an attempt
 after it: a busy peer may well need more than the 100 ms that a back-off should start with."""
-_UNTYPED: dict[grpc.StatusCode, type[PdserveError]] = {
-    grpc.StatusCode.UNAVAILABLE: WorkerLost,
-    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
-    grpc.StatusCode.CANCELLED: RequestCancelled,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Tls:
-    """Mutual TLS: our certificate and key, and the authority that peers' certificates must come from. PEM files;
-    they are read again when they change (cert-manager renews in place)."""
-
-    cert_file: str
-    key_file: str
-    ca_file: str
-    server_name: str = ""
-    """Name that a server's certificate must carry; empty: the host that was dialled."""
-
-    def read(self) -> tuple[bytes, bytes, bytes]:
-        """(key, certificate chain, authority). Raises `ConfigError` for a file that can't be read."""
-        contents = []
-        for key, path in (("key_file", self.key_file), ("cert_file", self.cert_file), ("ca_file", self.ca_file)):
-            try:
-                with open(path, "rb") as file:
-                    contents.append(file.read())
-            except OSError as error:
-                raise ConfigError(f"tls.{key} {path} cannot be read: {error.strerror}", key=f"tls.{key}") from error
-        return contents[0], contents[1], contents[2]
-
-    def stamp(self) -> tuple[int, ...]:
-        """Changes when any of the files does."""
-        return tuple(os.stat(path).st_mtime_ns for path in (self.key_file, self.cert_file, self.ca_file))
 
 
 def is_loopback(host: str) -> bool:
@@ -96,33 +47,12 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def error_status(error: PdserveError) -> Status:
-    """`google.rpc.Status` with an `ErrorInfo` that carries `to_fields`."""
-    detail = AnyMessage()
-    detail.Pack(ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=error.to_fields()))
-    code: int = grpc.StatusCode[error.grpc_code].value[0]
-    return Status(code=code, message=error.message, details=[detail])
-
-
-def error_from_call(error: grpc.RpcError) -> PdserveError:
-    """The typed error that a failed call means: the peer's own where it sent one, else by status code."""
-    metadata = error.trailing_metadata() or ()
-    for key, value in metadata:
-        if key == _DETAILS_KEY:
-            for detail in Status.FromString(value).details:
-                info = ErrorInfo()
-                if detail.Unpack(info) and info.domain == ERROR_DOMAIN:
-                    return from_fields(dict(info.metadata))
-    cls = _UNTYPED.get(error.code(), ServiceError)
-    return cls(f"{error.code().name}: {error.details()}")
-
-
 async def _abort(context: Any, error: PdserveError) -> NoReturn:
     status = error_status(error)
     await context.abort(
         grpc.StatusCode[error.grpc_code],
         error.message,
-        ((_DETAILS_KEY, status.SerializeToString()),),
+        ((DETAILS_KEY, status.SerializeToString()),),
     )
     raise AssertionError("abort returns by raising")
 
@@ -280,36 +210,6 @@ class RpcServer:
         await self._server.stop(grace_s)
 
 
-class ClientStream(Generic[ReqT, RespT]):
-    """A bidirectional call from the client's side. Errors are raised as `PdserveError`."""
-
-    def __init__(self, call: Any, method: Method[ReqT, RespT]) -> None:
-        self._call = call
-        self._method = method
-
-    async def write(self, request: ReqT) -> None:
-        try:
-            await self._call.write(self._method.encode_request(request))
-        except grpc.aio.AioRpcError as error:
-            raise error_from_call(error) from error
-        except asyncio.InvalidStateError as error:
-            raise WorkerLost("the stream is closed") from error
-
-    async def read(self) -> RespT | None:
-        """The next message; None when the server has ended the call well."""
-        try:
-            data = await self._call.read()
-        except grpc.aio.AioRpcError as error:
-            raise error_from_call(error) from error
-        return None if data is grpc.aio.EOF else self._method.decode_response(data)
-
-    async def done_writing(self) -> None:
-        await self._call.done_writing()
-
-    def cancel(self) -> None:
-        self._call.cancel()
-
-
 class Channel:
     """A connection to one address. Lazy: it connects at the first call, and again whenever it must."""
 
@@ -318,6 +218,7 @@ class Channel:
         self._tls = tls
         self._stamp: tuple[int, ...] = ()
         self._retired: list[grpc.aio.Channel] = []
+        self._streams: weakref.WeakSet[ClientStream[Any, Any]] = weakref.WeakSet()
         self._channel = self._connect()
 
     def _connect(self) -> grpc.aio.Channel:
@@ -371,11 +272,15 @@ class Channel:
             call.cancel()
 
     def open(self, method: Method[ReqT, RespT]) -> ClientStream[ReqT, RespT]:
-        """A bidirectional call."""
-        return ClientStream(self._current().stream_stream(method.path)(), method)
+        """A bidirectional call, over a connection of its own."""
+        stream = ClientStream(self.address, method, self._tls)
+        self._streams.add(stream)
+        return stream
 
     async def close(self, grace_s: float | None = None) -> None:
-        """Cancels every call under way; with a grace, those that outlast it."""
+        """Cancels every call under way; with a grace, those unary ones that outlast it."""
+        for stream in self._streams:
+            stream.cancel()
         for channel in (*self._retired, self._channel):
             await channel.close(grace_s)
 

@@ -130,14 +130,13 @@ class Link:
         self._lanes: dict[int, Lane] = {}
         self._legs: dict[int, _Leg] = {}
         self._pending = RouterUpdate(hello=hello)
-        self._wake = asyncio.Event()
-        self._wake.set()
-        self._write_error: PdserveError | None = None
+        self._flush_due = False
         self._leaving = False
+        self._drains_itself = False
 
     # ---- what requests ask for; nothing is sent before the tick ends ----
 
-    def submit(self, request: Request, phase: Phase, events: LegEvents) -> int:
+    def submit(self, request: Request, phase: Phase, events: LegEvents, prefix_store: str = "") -> int:
         """Queue a submission; returns its handle. Raises `WorkerLost` when the stream has ended."""
         if self._lost is not None:
             raise WorkerLost(f"worker {self.info.worker_id} is gone: {self._lost}")
@@ -145,8 +144,8 @@ class Link:
         self._legs[handle] = _Leg(events, request.params.n)
         for choice in range(request.params.n):
             self._lanes[handle + choice] = events.lane(choice)
-        self._pending.submissions.append(Submission(handle, phase, request))
-        self._wake.set()
+        self._pending.submissions.append(Submission(handle, phase, request, prefix_store=prefix_store))
+        self._wake()
         return handle
 
     def cancel(self, handle: int) -> None:
@@ -159,13 +158,13 @@ class Link:
             self._pending.relays = [each for each in self._pending.relays if each.handle != handle]
             return
         self._pending.cancels.append(handle)
-        self._wake.set()
+        self._wake()
 
     def cancel_choice(self, handle: int) -> None:
         """One choice ended here (a stop string); the worker must not go on with it. Its handle stays taken until the
         request ends."""
         self._pending.choice_cancels.append(handle)
-        self._wake.set()
+        self._wake()
 
     def relay(
         self,
@@ -178,7 +177,7 @@ class Link:
         """Pass prefill's news on to the decode request `handle`."""
         if handle in self._legs:
             self._pending.relays.append(Relay(handle, ticket, manifests, outputs))
-            self._wake.set()
+            self._wake()
 
     def set_lane(self, handle: int, lane: Lane) -> None:
         """Give a choice's tokens to another lane from now on."""
@@ -198,10 +197,19 @@ class Link:
 
     def leave(self) -> None:
         """Take nothing new; end the stream when the last request on it has ended."""
+        self._drains_itself |= self.draining
         self.draining = self._leaving = True
         if not self._legs:
             self._stream.cancel()
         self._on_change()
+
+    def stay(self) -> bool:
+        """Take `leave` back. False: no request has kept the stream open, it is ending."""
+        if not self._legs:
+            return False
+        self._leaving, self.draining = False, self._drains_itself
+        self._on_change()
+        return True
 
     @property
     def num_requests(self) -> int:
@@ -212,43 +220,36 @@ class Link:
 
     async def run(self) -> None:
         """Serve the stream until it ends, then fail what is left on it. Raises the error that ended it."""
-        writer = asyncio.create_task(self._write())
-        writer.add_done_callback(self._on_written)
         reason = "this router has stopped"
+        self._stream.when_room = self._wake
+        self._wake()
         try:
-            while (update := await self._stream.read()) is not None:
-                self._on_update(update)
+            await self._stream.deliver(self._on_update)
             reason = "it closed its stream"
             raise WorkerLost(reason)
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            failure = self._write_error or WorkerLost("the stream was cancelled")
-            reason = failure.message
-            raise failure from error
         except PdserveError as error:
             reason = error.message
             raise
         finally:
-            writer.cancel()
             self._stream.cancel()
             self._fail_all(reason)
 
-    async def _write(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            update, self._pending = self._pending, RouterUpdate()
-            for part in split(update):
-                await self._stream.write(part)
+    def _wake(self) -> None:
+        if not self._flush_due:
+            self._flush_due = True
+            asyncio.get_running_loop().call_soon(self._flush)
 
-    def _on_written(self, writer: asyncio.Task[None]) -> None:
-        """Nothing more can be written: end the reading too. A stream that we cancel ourselves makes the read raise
-        `CancelledError`, which `run` must not take for its own task's."""
-        if not writer.cancelled() and (error := writer.exception()) is not None:
-            self._write_error = guard(error)
-            self._stream.cancel()
+    def _flush(self) -> None:
+        """One message a tick. While the worker's window is closed everything gathers here; `when_room` wakes us."""
+        self._flush_due = False
+        if self._lost is not None or not self._stream.room:
+            return
+        update, self._pending = self._pending, RouterUpdate()
+        try:
+            for part in split(update):
+                self._stream.send(part)
+        except Exception as error:  # noqa: BLE001 - `run` raises it
+            self._stream.fail(guard(error))
 
     def _on_update(self, update: WorkerUpdate) -> None:
         if update.step is not None:
@@ -259,6 +260,8 @@ class Link:
             self.on_cache(update.cache)
         if update.hello is not None:
             self._on_hello(update.hello.worker)
+        if update.draining:
+            self._drains_itself = True
         if update.draining and not self.draining:
             self.draining = True
             self._on_change()
@@ -271,6 +274,9 @@ class Link:
         self._on_change()
 
     def _on_step(self, step: StepColumns) -> None:
+        for stats in step.prompts:
+            if (leg := self._legs.get(stats.handle)) is not None:
+                leg.events.on_prompt(stats)
         if step.counts or step.logprobs or step.finishes:
             self._on_mixed_step(step)
         else:
@@ -282,9 +288,6 @@ class Link:
                         lane.take(index, (token_id,), (), None)
                     except Exception as error:  # noqa: BLE001 - one faulty sink must not cost the others
                         self._on_faulty(lane, handle, error)
-        for stats in step.prompts:
-            if (leg := self._legs.get(stats.handle)) is not None:
-                leg.events.on_prompt(stats)
         for announcement in step.announcements:
             if (leg := self._legs.get(announcement.handle)) is not None:
                 leg.events.on_announcement(announcement)
