@@ -122,9 +122,13 @@ class StoreClient:
         """Copy to the reserved slots; `blocks[i]` is the row of `source` for the chain's i-th block. Returns the
         digests to commit. Blocks the calling thread. Raises `PeerLost`."""
         rows = [block for block, status in zip(blocks, reserved.statuses, strict=True) if status == Status.RESERVED]
+        return self.write_slots(reserved.slots, source, rows)
+
+    def write_slots(self, slots: Sequence[int], source: NDArray[np.uint8], rows: Sequence[int]) -> tuple[bytes, ...]:
+        """The same for the leading ones of a reservation's slots: `rows[i]` of `source` goes to `slots[i]`."""
         flat = source.reshape(-1)
         self.pool.check_alive()
-        for r in coalesce(rows, reserved.slots, self.pool.block_bytes):
+        for r in coalesce(rows, slots, self.pool.block_bytes):
             self.pool.region[r.local : r.local + r.length] = flat[r.remote : r.remote + r.length]
         return tuple(xxhash.xxh3_128_digest(source[row]) for row in rows)
 
