@@ -92,3 +92,12 @@ def test_every_field_tells_its_meaning(cls: type[Config]) -> None:
 def test_the_published_table_is_the_code_s() -> None:
     page = Path(__file__).parents[2] / "docs" / "configuration.md"
     assert page.read_text() == markdown(), "run `make docs`"
+
+
+def test_an_override_can_be_the_content_of_a_file(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("007\n")
+    assert parse_override(f"server_secret=@{secret}") == ("server_secret", "007")
+    with pytest.raises(ConfigError, match="cannot be read") as refused:
+        parse_override(f"server_secret=@{tmp_path}/none")
+    assert refused.value.key == "server_secret"
