@@ -13,6 +13,13 @@ from urllib.parse import urlsplit
 from pdserve.errors import PdserveError, ServiceError, from_fields
 
 
+class StreamCut(ServiceError):
+    """The stream ended without `[DONE]` and without an error: the router itself went away."""
+
+    reason = "stream_cut"
+    retryable = True
+
+
 @dataclass(slots=True)
 class Answer:
     """What came back: text and token ids of choice 0, their logprobs when asked for, and when the first came."""
@@ -26,9 +33,12 @@ class Answer:
     usage: dict[str, Any] = field(default_factory=dict)
 
 
-def stream(url: str, path: str, body: dict[str, Any], timeout_s: float = 120.0) -> Answer:
-    """POST with `stream: true` and collect. Raises the typed error that the server sent, also in mid-stream;
-    `ServiceError` when the stream ends without `[DONE]`."""
+def stream(url: str, path: str, body: dict[str, Any], timeout_s: float = 120.0, into: Answer | None = None) -> Answer:
+    """POST with `stream: true` and collect, in `into` if it is given: then what came before an error is known.
+
+    Raises the typed error that the server sent, also in mid-stream; `StreamCut` when the stream ends without `[DONE]`;
+    `TimeoutError` when nothing came for `timeout_s`, `OSError` or `http.client.HTTPException` when nobody is there.
+    """
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port, timeout=timeout_s)
     begun = time.monotonic()
@@ -38,7 +48,8 @@ def stream(url: str, path: str, body: dict[str, Any], timeout_s: float = 120.0) 
         response = connection.getresponse()
         if response.status != 200:
             raise _error(response.read())
-        answer = Answer(request_id=response.getheader("x-request-id") or "")
+        answer = into or Answer()
+        answer.request_id = response.getheader("x-request-id") or ""
         for event in _events(response):
             _take(answer, event, begun)
         return answer
@@ -56,7 +67,7 @@ def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
             if "error" in event:
                 raise _error(line[6:])
             yield event
-    raise ServiceError("the stream ended without [DONE]")
+    raise StreamCut("the stream ended without [DONE]")
 
 
 def _take(answer: Answer, event: dict[str, Any], begun: float) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from kvstore.transports.segment import PREFIX, SHM_DIR
 from pdserve_cli.block_bytes import block_bytes
 from pdserve_cli.members import ClusterError, Member, spawn, stable_port, wait_gone, wait_ready
 
@@ -219,6 +220,12 @@ class Cluster:
         self._folder.cleanup()
 
     # ---- questions ----
+
+    def segments(self) -> set[str]:
+        """Names in /dev/shm made by this cluster's processes, dead ones too: a name begins with its owner's pid."""
+        pids = {str(pid) for pid in self.pids}
+        names = {path.name for path in SHM_DIR.glob(PREFIX + "*")}
+        return {name for name in names if name.removeprefix(PREFIX).split("-")[0] in pids}
 
     async def get(self, path: str, port: int | None = None) -> tuple[int, str]:
         """GET from the router (or from another member's HTTP port): status and body; 0 when nobody answers."""

@@ -61,7 +61,9 @@ class Member:
         return self.log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
 
     def addresses(self) -> dict[str, object]:
-        """Config keys that give a successor the addresses of this one."""
+        """Config keys that give a successor the addresses of this one; none if it never got as far."""
+        if not self.ready:
+            return {}
         http = f"127.0.0.1:{self.ready['http_port']}"
         if self.role == "router":
             return {"http_listen": http, "grpc_listen": f"127.0.0.1:{self.ready['grpc_port']}"}

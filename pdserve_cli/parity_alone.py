@@ -1,53 +1,52 @@
-"""One engine alone: the same model without router, wire, hand-over, batching or chunking."""
+"""One engine alone: the same model without router, wire, hand-over, store, batching or chunking."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from typing import Any
 
 from pdserve.config import WorkerConfig, from_mapping
 from pdserve.engine.base import HandoverEngine
 from pdserve.engine.memory import LocalMemory
 from pdserve.types import Phase, Request, SamplingParams
-from pdserve_cli.parity_types import Case, Run
+from pdserve_cli.parity_types import OUTPUTS, SEEDED, Case, Run
 from worker_core.engines import build_engine
 
 
-def generate_alone(
-    arguments: argparse.Namespace, cases: Sequence[Case], outputs: int, seeded: dict[str, Any]
-) -> list[Run]:
-    """Each case by itself, greedy then seeded, its prompt in one chunk and with no prefix cache."""
+def generate_alone(engine: str, model: str, dtype: str, cases: Sequence[Case]) -> list[Run]:
+    """Each case by itself, round after round, its prompts in one chunk and with no prefix cache."""
     config = from_mapping(
         WorkerConfig,
         {
-            "engine": arguments.engine,
-            "model": arguments.model,
-            "dtype": arguments.dtype,
-            "deterministic": arguments.dtype == "bf16" and arguments.engine == "torch",
+            "engine": engine,
+            "model": model,
+            "dtype": dtype,
+            "deterministic": dtype == "bf16" and engine == "torch",
             "kv_memory_bytes": 512 << 20,
             "max_num_batched_tokens": 8192,
             "chunk_tokens": 8192,
             "prefix_cache": False,
         },
     )
-    engine = build_engine(config, LocalMemory)
+    alone = build_engine(config, LocalMemory)
     try:
-        return [_run_case(engine, case, outputs, seeded) for case in cases]
+        return [_run_case(alone, case) for case in cases]
     finally:
-        engine.close()
+        alone.close()
 
 
-def _run_case(engine: HandoverEngine, case: Case, outputs: int, seeded: dict[str, Any]) -> Run:
-    greedy = SamplingParams(temperature=0.0, max_tokens=outputs, ignore_eos=True, seed=case.seed, logprobs=0)
-    drawn = SamplingParams(**seeded, max_tokens=outputs, ignore_eos=True, seed=case.seed)
-    tokens, logprobs = _generate(engine, case, greedy)
-    return Run(tokens, _generate(engine, case, drawn)[0], logprobs)
+def _run_case(engine: HandoverEngine, case: Case) -> Run:
+    greedy = SamplingParams(temperature=0.0, max_tokens=OUTPUTS, ignore_eos=True, seed=case.seed, logprobs=0)
+    drawn = SamplingParams(**SEEDED, max_tokens=OUTPUTS, ignore_eos=True, seed=case.seed)
+    tokens, logprobs = _generate(engine, case.prompt, greedy)
+    seeded, _ = _generate(engine, case.prompt, drawn)
+    second, _ = _generate(engine, (*case.prompt, *tokens, *case.reply), greedy)
+    return Run(tokens, seeded, second, logprobs)
 
 
-def _generate(engine: HandoverEngine, case: Case, params: SamplingParams) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    request = Request("parity", engine.model.name, case.prompt, params)
-    engine.submit(request, 1, Phase.FULL)
+def _generate(
+    engine: HandoverEngine, prompt: tuple[int, ...], params: SamplingParams
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    engine.submit(Request("parity", engine.model.name, prompt, params), 1, Phase.FULL)
     tokens: list[int] = []
     logprobs: list[float] = []
     while True:

@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx
 
-from kvstore.transports.segment import PREFIX, SHM_DIR
 from pdserve.engine.sim import DEFAULT_MODEL, SimEngineConfig, expected_tokens
 from pdserve.types import Request, SamplingParams
 from pdserve_cli.cluster import Cluster
@@ -64,12 +63,6 @@ async def all_blocks_free(cluster: Cluster) -> None:
         await eventually(idle)
     except TimeoutError:
         raise AssertionError(f"blocks are still held: {figures}") from None
-
-
-def own_segments(cluster: Cluster) -> set[str]:
-    """Names in /dev/shm made by this cluster's processes, dead ones too (a name begins with its owner's process id)."""
-    pids = {str(pid) for pid in cluster.pids}
-    return {path.name for path in SHM_DIR.glob(PREFIX + "*") if path.name.removeprefix(PREFIX).split("-")[0] in pids}
 
 
 @dataclass

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from e2e_tools import TEXT, all_blocks_free, completion, own_segments
+from e2e_tools import TEXT, all_blocks_free, completion
 
 from kvstore.types import KEY_BYTES
 from pdserve.rpc import Channel
@@ -36,7 +36,7 @@ async def test_each_node_has_a_store_of_its_own_for_the_workers_blocks(tmp_path:
         assigned = {member.name: member.config["store"] for member in cluster.workers}
         first, second = (member.ready["address"] for member in cluster.stores)
         assert assigned == {"prefill-0": first, "prefill-1": second, "decode-0": first}
-    assert not own_segments(cluster)
+    assert not cluster.segments()
 
 
 async def test_every_member_can_be_killed_and_comes_back_at_its_addresses() -> None:
@@ -54,7 +54,7 @@ async def test_every_member_can_be_killed_and_comes_back_at_its_addresses() -> N
         await cluster.wait_answering()
         await all_blocks_free(cluster)
     assert len(cluster.pids) == 8
-    assert not own_segments(cluster)
+    assert not cluster.segments()
 
 
 async def test_a_second_router_finds_the_same_keys() -> None:

@@ -17,7 +17,6 @@ from e2e_tools import (
     all_blocks_free,
     completion,
     eventually,
-    own_segments,
     sim_tokens,
 )
 
@@ -64,7 +63,7 @@ async def test_a_decode_worker_finishes_its_streams(start_sim: Any, http_to: Any
     streams = [Streaming(http, ask([*SHORT, number], max_tokens=100)) for number in range(3)]
     for stream in streams:
         await stream.has(3)
-    assert own_segments(cluster)
+    assert cluster.segments()
     decode.process.terminate()
     assert await refusal(http) in ("draining", "no_worker")  # a submission may cross the worker's notice
     assert (await cluster.get("/readyz"))[0] == 503
@@ -74,7 +73,7 @@ async def test_a_decode_worker_finishes_its_streams(start_sim: Any, http_to: Any
         expected = sim_tokens([*SHORT, number], max_tokens=100, ignore_eos=True, temperature=0)
         assert events.token_ids == expected
     assert await ended(decode) == 0
-    assert not [name for name in own_segments(cluster) if f"-{decode.process.pid}-" in name]
+    assert not [name for name in cluster.segments() if f"-{decode.process.pid}-" in name]
     await all_blocks_free(cluster)
 
 
@@ -159,10 +158,10 @@ async def test_a_drain_that_takes_too_long_ends_with_a_typed_error(start_sim: An
 
 async def test_a_stopped_cluster_leaves_no_process_and_no_memory(start_sim: Any) -> None:
     cluster = await start_sim()
-    assert own_segments(cluster)
+    assert cluster.segments()
     await cluster.stop()
     assert [member.process.returncode for member in cluster.members] == [0, 0, 0]
-    assert not own_segments(cluster)
+    assert not cluster.segments()
 
 
 async def test_ctrl_c_drains_as_sigterm_does(start_sim: Any) -> None:
@@ -170,4 +169,4 @@ async def test_ctrl_c_drains_as_sigterm_does(start_sim: Any) -> None:
     for member in cluster.members:
         member.process.send_signal(signal.SIGINT)
     assert [await ended(member) for member in cluster.members] == [0, 0, 0]
-    assert not own_segments(cluster)
+    assert not cluster.segments()

@@ -18,7 +18,6 @@ from e2e_tools import (
     all_blocks_free,
     completion,
     eventually,
-    own_segments,
     sim_tokens,
 )
 from google.rpc.error_details_pb2 import ErrorInfo
@@ -141,13 +140,13 @@ async def test_a_prefill_worker_killed_mid_request_is_a_503_and_its_successor_se
     await all_blocks_free(cluster)
     await ready(cluster, 503)
     assert await refused(http) == "no_worker"
-    left_behind = own_segments(cluster)
+    left_behind = cluster.segments()
     successor = await cluster.restart(prefill)
     assert successor.ready["address"] == prefill.ready["address"]
     await ready(cluster)
     await answers(http)
     await answers(http, LONG)
-    assert not any(f"-{prefill.process.pid}-" in name for name in left_behind & own_segments(cluster))
+    assert not any(f"-{prefill.process.pid}-" in name for name in left_behind & cluster.segments())
 
 
 async def test_a_decode_worker_killed_mid_stream_is_an_error_event_and_no_done(start_sim: Any, http_to: Any) -> None:
