@@ -155,6 +155,19 @@ class WorkerConfig(Config, frozen=True):
         msgspec.field(default_factory=dict)
     )
     store: Annotated[str, _doc("host:port of this node's KV store; empty: none.")] = ""
+    store_advertise: Annotated[str, _doc("The same as routers and other nodes dial it; empty: `store`.")] = ""
+    store_fetch: Annotated[
+        str, _doc("auto | always | never: bring prompts' blocks from stores where that is faster than to compute.")
+    ] = "auto"
+    store_timeout_s: Annotated[
+        float, _doc("A store that takes longer to look a prompt up is done without. Disk takes tens of ms.", "s", gt=0)
+    ] = 2.0
+    store_digest_every: Annotated[
+        int, _doc("Check the digest of every n-th block that is fetched (tcp: of all). 1: all.", "blocks", ge=1)
+    ] = 1
+    store_backlog_blocks: Annotated[
+        int, _doc("Blocks that may wait to be stored; beyond it the oldest are dropped.", "blocks", ge=1)
+    ] = 8192
     registry: RegistryConfig = RegistryConfig()
     kv_load_failure: Annotated[str, _doc("vllm: recompute | fail, when KV cannot be loaded.")] = "fail"
 
@@ -218,6 +231,37 @@ class KvstoreConfig(Config, frozen=True):
     log_level: Annotated[str, _doc("debug | info | warning | error.")] = "info"
 
 
+class ModelConfig(Config, frozen=True):
+    """One of several models that a router serves; its key in `models` is the name that workers serve it by."""
+
+    model: Annotated[str, _doc("Tokenizer and template: embedded, a folder, a .gguf file or a hub id.")] = "embedded"
+    aliases: Annotated[tuple[str, ...], _doc("Further names for it.")] = ()
+    timing: Annotated[str, _doc("As the router's `timing`, for this model; empty: that one.")] = ""
+
+
+class SloConfig(Config, frozen=True):
+    """What clients are promised. Histograms have a bucket that ends there."""
+
+    ttft_ms: Annotated[float, _doc("Arrival to first token.", "ms", gt=0)] = 2000.0
+    itl_ms: Annotated[float, _doc("Mean gap between tokens.", "ms", gt=0)] = 30.0
+    enforce: Annotated[
+        bool, _doc("Tell the policy of the bound on the first token, so that it may refuse what can't meet it.")
+    ] = False
+
+
+class BreakerConfig(Config, frozen=True):
+    """When a link between a prefill and a decode worker is left alone for a while."""
+
+    failures: Annotated[int, _doc("Bad hand-overs in a row.", "requests", ge=1)] = 3
+    slow_ms: Annotated[
+        float,
+        _doc("A hand-over is bad that takes so much longer than computing the prompt at decode would.", "ms", gt=0),
+    ] = 250.0
+    rest_s: Annotated[
+        float, _doc("Before one request tries it again; doubles up to a minute while trials fail.", "s", gt=0)
+    ] = 5.0
+
+
 class RouterConfig(Config, frozen=True):
     """The router."""
 
@@ -239,10 +283,37 @@ class RouterConfig(Config, frozen=True):
     aliases: Annotated[dict[str, str], _doc("Further names, each of a served model.")] = msgspec.field(
         default_factory=dict
     )
-    disaggregate: Annotated[str, _doc("always | never: whether prompts go to the prefill pool.")] = "always"
+    models: Annotated[
+        dict[str, ModelConfig], _doc("Several models, by name; then `model` and `model_name` stand for none.")
+    ] = msgspec.field(default_factory=dict)
+    policy: Annotated[
+        str,
+        _doc("conductor | round_robin | least_loaded | power_of_two | prefix_only | session: how workers are chosen."),
+    ] = "conductor"
+    disaggregate: Annotated[
+        str, _doc("auto | always | never: whether prompts go to the prefill pool; auto: where that is faster.")
+    ] = "auto"
+    timing: Annotated[
+        str,
+        _doc(
+            "Timing preset of pdserve.engine.timing that predictions start from; what is observed corrects it. Empty: "
+            "smollm2-135m-cpu for the embedded model, llama-3.1-8b-h100-tp1 for others."
+        ),
+    ] = ""
+    slo: SloConfig = SloConfig()
+    breaker: BreakerConfig = BreakerConfig()
+    index_max_blocks: Annotated[
+        int, _doc("Blocks that the prefix index knows; some 150 bytes each. 2M: 32M tokens.", "blocks", ge=1024)
+    ] = 2_000_000
     block_tokens: Annotated[int, _doc("Of block keys; must equal the workers'.", "tokens", ge=1)] = 16
     server_secret: Annotated[str, _doc("Keys the tenant salt. Empty: random per start, so no cache outlives it.")] = ""
     max_inflight: Annotated[int, _doc("Requests at once; one more gets 429.", "requests", ge=1)] = 4096
+    max_waiting: Annotated[
+        int, _doc("Of these, such as wait at the router for a worker; one more gets 429.", "requests", ge=1)
+    ] = 2048
+    max_retries: Annotated[
+        int, _doc("Placements after the first, when a worker is lost or a hand-over fails.", "requests", ge=0)
+    ] = 2
     max_body_bytes: Annotated[int, _doc("HTTP body and gRPC message.", "bytes", ge=1024)] = 8 << 20
     client_buffer_bytes: Annotated[
         int, _doc("Unsent output a client may pile up before its request is cancelled.", "bytes", ge=1024)
@@ -250,6 +321,7 @@ class RouterConfig(Config, frozen=True):
     header_timeout_s: Annotated[float, _doc("For a request's head to arrive (slow loris).", "s", gt=0)] = 10.0
     body_timeout_s: Annotated[float, _doc("Between two pieces of a body.", "s", gt=0)] = 30.0
     keepalive_timeout_s: Annotated[float, _doc("An idle connection is closed after this.", "s", gt=0)] = 75.0
+    queue_timeout_s: Annotated[float, _doc("A request may wait so long at the router for a worker.", "s", gt=0)] = 60.0
     prefill_timeout_s: Annotated[
         float, _doc("Without progress at prefill for this long the request fails there.", "s", gt=0)
     ] = 120.0
@@ -266,7 +338,8 @@ class RouterConfig(Config, frozen=True):
 _CHOICES: dict[str, frozenset[str]] = {
     "engine": frozenset({"torch", "vllm", "sim"}),
     "dtype": frozenset({"bf16", "fp32"}),
-    "disaggregate": frozenset({"always", "never"}),
+    "store_fetch": frozenset({"auto", "always", "never"}),
+    "disaggregate": frozenset({"auto", "always", "never"}),
     "discovery": frozenset({"static", "kubernetes", "redis"}),
     "eviction": frozenset({"hazard", "lru", "s3fifo"}),
     "kv_load_failure": frozenset({"recompute", "fail"}),

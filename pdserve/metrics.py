@@ -18,6 +18,7 @@ LATENCY_BUCKETS_S = (
 """vLLM's time-to-first-token buckets, with finer steps around the usual SLO limits (0.2, 0.5, 1, 2 s)."""
 ITL_BUCKETS_S = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
 STORE_BUCKETS_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.33, 2.0, 4.0, 10.0)
 TOKEN_BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 
@@ -73,12 +74,54 @@ class WorkerMetrics:
             "pdserve_tickets_expired", "Tickets whose lease ran out before release.", registry=registry
         )
         self.sessions = Gauge("pdserve_router_sessions", "Routers connected.", registry=registry)
+        self._declare_store(registry)
+
+    def _declare_store(self, registry: CollectorRegistry) -> None:
+        """What the worker does with its node's store and with peers'."""
+        prefix_tokens = Counter(
+            "pdserve_prefix_tokens",
+            "Prompt tokens by where their KV came from: hbm, dram (the node's store), peer (another's), computed.",
+            ("tier",),
+            registry=registry,
+        )
+        self.prefix_tokens = {tier: prefix_tokens.labels(tier) for tier in ("hbm", "dram", "peer", "computed")}
+        self.store_attached = Gauge("pdserve_store_attached", "1: the node's store can be used.", registry=registry)
+        self.store_leases = Gauge("pdserve_store_leases", "Leases held on stores' blocks.", registry=registry)
+        self.store_promoted_blocks = Counter(
+            "pdserve_store_promoted_blocks", "Blocks that the node's store brought up from disk.", registry=registry
+        )
+        self.store_bytes = Counter(
+            "pdserve_store_bytes",
+            "KV bytes between the engine and stores, by tier and direction (read, write).",
+            ("tier", "direction"),
+            registry=registry,
+        )
+        self.store_seconds = Histogram(
+            "pdserve_store_seconds",
+            "Duration by operation: lookup, fetch_dram, fetch_peer, publish.",
+            ("operation",),
+            registry=registry,
+            buckets=STORE_BUCKETS_S,
+        )
+        self.store_recomputes = Counter(
+            "pdserve_store_recomputes",
+            "Prompts of which a part was computed though a store was asked, by reason.",
+            ("reason",),
+            registry=registry,
+        )
+        self.store_publish_dropped = Counter(
+            "pdserve_store_publish_dropped", "Blocks that were not stored, by reason.", ("reason",), registry=registry
+        )
 
 
 class RouterMetrics:
-    """What a router counts."""
+    """What a router counts. `slo_ttft_s` and `slo_itl_s` become bucket limits, so that the share of requests within
+    the SLO is exact."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, *, slo_ttft_s: float = 2.0, slo_itl_s: float = 0.03) -> None:
+        latency = tuple(sorted({*LATENCY_BUCKETS_S, slo_ttft_s}))
+        gaps = tuple(sorted({*ITL_BUCKETS_S, slo_itl_s}))
+
         def by_model(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, text, ("model_name",), registry=registry, buckets=buckets)
 
@@ -98,17 +141,18 @@ class RouterMetrics:
         self.output_tokens = Counter(
             "pdserve_output_tokens", "Tokens sent to clients.", ("model_name",), registry=registry
         )
-        self.ttft = by_model("vllm:time_to_first_token_seconds", "Arrival to first token.", LATENCY_BUCKETS_S)
-        self.itl = by_model("vllm:inter_token_latency_seconds", "Mean gap between tokens, by request.", ITL_BUCKETS_S)
-        self.e2e = by_model("vllm:e2e_request_latency_seconds", "Arrival to last token.", LATENCY_BUCKETS_S)
+        self.ttft = by_model("vllm:time_to_first_token_seconds", "Arrival to first token.", latency)
+        self.itl = by_model("vllm:inter_token_latency_seconds", "Mean gap between tokens, by request.", gaps)
+        self.e2e = by_model("vllm:e2e_request_latency_seconds", "Arrival to last token.", latency)
         self.prompt_length = by_model("vllm:request_prompt_tokens", "Prompt length.", TOKEN_BUCKETS)
         self.output_length = by_model("vllm:request_generation_tokens", "Output length.", TOKEN_BUCKETS)
         self.leg_seconds = Histogram(
             "pdserve_leg_seconds",
-            "Time by leg: tokenise, prefill (submission to first token), transfer (first token to second), decode.",
+            "Time by leg: tokenise, queue_prefill (until a worker is found), prefill (to the first token), transfer "
+            "(until decode has the KV), queue_decode (to the second token), decode.",
             ("model_name", "leg"),
             registry=registry,
-            buckets=LATENCY_BUCKETS_S,
+            buckets=latency,
         )
         self.workers = Gauge(
             "pdserve_workers", "Workers connected, by role and state.", ("role", "state"), registry=registry
@@ -118,6 +162,71 @@ class RouterMetrics:
         )
         self.placements = Counter(
             "pdserve_placements", "Requests placed, by worker and role.", ("worker_id", "role"), registry=registry
+        )
+        self.waiting = Gauge(
+            "pdserve_requests_waiting", "Requests that wait for a worker.", ("model_name",), registry=registry
+        )
+        self.retries = Counter(
+            "pdserve_retries",
+            "Requests placed again, by what failed before.",
+            ("model_name", "reason"),
+            registry=registry,
+        )
+        self.alone = Counter(
+            "pdserve_placements_alone",
+            "Requests that one worker did alone, by why.",
+            ("model_name", "reason"),
+            registry=registry,
+        )
+        self.forecast_error = Histogram(
+            "pdserve_forecast_ttft_ratio",
+            "Observed over predicted time from placement to first token.",
+            ("model_name",),
+            registry=registry,
+            buckets=RATIO_BUCKETS,
+        )
+        self.stall_spared = Counter(
+            "pdserve_disaggregation_spared_seconds",
+            "Estimated: stalls of running streams that prompts computed elsewhere did not cause.",
+            ("model_name",),
+            registry=registry,
+        )
+        self.transfer_spent = Counter(
+            "pdserve_disaggregation_spent_seconds",
+            "What hand-overs cost their own requests between first and second token.",
+            ("model_name",),
+            registry=registry,
+        )
+        self.disaggregation_gain = Gauge(
+            "pdserve_disaggregation_gain_seconds",
+            "Predicted gain of a pair over one worker alone, mean of late placements; below 0 it does not pay.",
+            ("model_name",),
+            registry=registry,
+        )
+        self.links_open = Gauge(
+            "pdserve_links_open",
+            "Links between workers that a breaker keeps from use.",
+            ("model_name",),
+            registry=registry,
+        )
+        self.link_trips = Counter(
+            "pdserve_link_trips", "Times that a breaker opened, by reason.", ("model_name", "reason"), registry=registry
+        )
+        self.guessed_caches = Gauge(
+            "pdserve_prefix_guessed_workers", "Workers that tell nothing of their prefix cache.", registry=registry
+        )
+        self.prefix_believed_tokens = Counter(
+            "pdserve_prefix_believed_tokens", "Prompt tokens believed to be cached where they went.", registry=registry
+        )
+        self.prefix_found_tokens = Counter("pdserve_prefix_found_tokens", "Of these, found.", registry=registry)
+        self.prefix_audit_ratio = Gauge(
+            "pdserve_prefix_audit_ratio",
+            "Found over believed tokens, late requests.",
+            ("worker_id",),
+            registry=registry,
+        )
+        self.prefix_distrusted = Counter(
+            "pdserve_prefix_distrusted", "Times that a worker's cache was found out.", ("worker_id",), registry=registry
         )
 
 

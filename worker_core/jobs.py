@@ -18,7 +18,7 @@ from typing import Protocol
 from pdserve.engine.base import ExportedChunk, HandoverEngine
 from pdserve.errors import DeadlineExceeded, Draining, InvalidRequest, ModelNotFound, PdserveError
 from pdserve.metrics import WorkerMetrics
-from pdserve.types import Finish, FinishReason, Phase, PromptStats, Request, StepOutput
+from pdserve.types import CacheDelta, Finish, FinishReason, Phase, PromptStats, Request, StepOutput
 from pdserve.wire.session import Relay, Submission
 from worker_core.deadlines import Deadlines
 from worker_core.engine_thread import EngineThread, Round
@@ -43,6 +43,14 @@ class Job:
     """DECODE: the KV has arrived."""
     work_done: bool = False
     """Tokens were sampled for it, here or before."""
+    fetched_from: str = ""
+    """Tier of the store that a part of its prompt came from."""
+
+    @property
+    def tenant(self) -> str:
+        """Whose quota its blocks in a store count against: tenants are told apart by the root of their keys."""
+        root = self.request.cache_root
+        return root.hex() if any(root) else ""
 
     @property
     def leg(self) -> str:
@@ -73,11 +81,29 @@ class Imports(Protocol):
         ...
 
 
+class Store(Protocol):
+    """The node's store (`worker_core.store.StoreSide`)."""
+
+    def __contains__(self, key: int) -> bool: ...
+    def open(self, job: Job, prefix_store: str) -> bool:
+        """Whether something is fetched for it first; it is submitted then by `JobTable.start`."""
+        ...
+
+    def drop(self, job: Job) -> None:
+        """Stop what writes into blocks that were opened for it, then give them back."""
+        ...
+
+    def ended(self, key: int) -> None:
+        """A choice, or a request's prompt at prefill, has all its blocks."""
+        ...
+
+
 class JobTable:
     """Every live request of the worker. Its first four methods are `worker_core.session.Jobs`."""
 
     exports: Exports
     imports: Imports
+    store: Store
 
     def __init__(self, engine: EngineThread, model_name: str, metrics: WorkerMetrics) -> None:
         self._engine = engine
@@ -126,11 +152,20 @@ class JobTable:
         self._choices.update(dict.fromkeys(job.open_choices, job))
         if request.timeout_ms:
             self._deadlines.set(job.key, request.timeout_ms / 1000)
-        self._engine.submit(partial(_submit, request, job.key, job.phase), partial(self._refused, job))
+        if job.phase is Phase.DECODE or not self.store.open(job, submission.prefix_store):
+            self.start(job)
         if job.phase is Phase.DECODE:
             self.imports.open(job)
         elif job.phase is Phase.PREFILL:
             self.exports.open(job)
+
+    def start(self, job: Job) -> None:
+        """Give it to the engine."""
+        self._engine.submit(partial(_submit, job.request, job.key, job.phase), partial(self._refused, job))
+
+    def job_of(self, choice: int) -> Job | None:
+        """The request of a choice that runs."""
+        return self._choices.get(choice)
 
     def _admit(self, session: Session, submission: Submission, request: Request) -> Job:
         if self.draining:
@@ -147,7 +182,8 @@ class JobTable:
         return Job(key, session, request, submission.phase, choices)
 
     def _is_free(self, key: int, choices: set[int]) -> bool:
-        return choices.isdisjoint(self._choices) and key not in self._jobs and key not in self.imports
+        taken = key in self._jobs or key in self.imports or key in self.store
+        return not taken and choices.isdisjoint(self._choices)
 
     def cancel(self, session: Session, handle: int) -> None:
         """Unknown handles are ignored: a cancel may cross the end."""
@@ -205,6 +241,7 @@ class JobTable:
     def _end(self, job: Job) -> None:
         """Forget a request that has not run to its end, and free what it holds."""
         self._forget(job)
+        self.store.drop(job)
         if job.phase is Phase.PREFILL:
             self.exports.drop(job)
         elif job.phase is Phase.DECODE and not job.resumed:
@@ -214,8 +251,10 @@ class JobTable:
 
     def _forget(self, job: Job) -> None:
         del self._jobs[job.key]
+        self.store.ended(job.key)
         for choice in job.open_choices:
             self._choices.pop(choice, None)
+            self.store.ended(choice)
         self._deadlines.clear(job.key)
         if not self._jobs:
             self._emptied.set()
@@ -250,6 +289,11 @@ class JobTable:
         if output:
             for session in self._sessions.values():
                 session.end_step()
+
+    def tell_cache(self, delta: CacheDelta) -> None:
+        """What changed in the engine's prefix cache, to every router."""
+        for session in self._sessions.values():
+            session.add_cache(delta)
 
     def _spread_tokens(self, output: StepOutput) -> None:
         handles = output.handles
@@ -291,15 +335,24 @@ class JobTable:
                 self._choice_done(job, finish)
 
     def _prompt_done(self, job: Job, stats: PromptStats) -> None:
-        self._metrics.prompt_tokens.inc(stats.num_prompt_tokens)
+        self._count_prompt(job, stats)
         job.work_done = True
         job.session.add_prompt(replace(stats, handle=stats.handle & HANDLE_MASK))
         if job.phase is Phase.PREFILL:
             job.prefilled = True
             self._deadlines.clear(job.key)
+            self.store.ended(job.key)
+
+    def _count_prompt(self, job: Job, stats: PromptStats) -> None:
+        metrics = self._metrics
+        metrics.prompt_tokens.inc(stats.num_prompt_tokens)
+        metrics.prefix_tokens["hbm"].inc(stats.num_cached_tokens - stats.num_fetched_tokens)
+        metrics.prefix_tokens[job.fetched_from or "dram"].inc(stats.num_fetched_tokens)
+        metrics.prefix_tokens["computed"].inc(stats.num_prompt_tokens - stats.num_cached_tokens)
 
     def _choice_done(self, job: Job, finish: Finish) -> None:
         self._finished[finish.reason].inc()
+        self.store.ended(finish.handle)
         job.session.add_finish(replace(finish, handle=finish.handle & HANDLE_MASK))
         job.open_choices.discard(finish.handle)
         if job.open_choices:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from pdserve.errors import InvalidRequest, Overloaded, PdserveError
 from pdserve.rpc import ServerStream
-from pdserve.types import EngineLoad, Finish, FinishReason, Logprobs, PromptStats, StepOutput
+from pdserve.types import CacheDelta, EngineLoad, Finish, FinishReason, Logprobs, PromptStats, StepOutput
 from pdserve.wire import common_version
 from pdserve.wire.session import (
     Announcement,
@@ -27,6 +27,7 @@ from pdserve.wire.session import (
     WorkerUpdate,
     step_columns,
 )
+from worker_core.cache_view import CacheFeed
 
 HANDLE_BITS = 32
 HANDLE_MASK = (1 << HANDLE_BITS) - 1
@@ -78,6 +79,7 @@ class Session:
         self._unsent: deque[_Unsent] = deque()
         self._unsent_bytes = 0
         self._load: EngineLoad | None = None
+        self._cache: CacheFeed | None = None
         self._hello: WorkerHello | None = None
         self._draining = False
         self._draining_told = False
@@ -153,9 +155,10 @@ class Session:
 
     def _next_update(self) -> WorkerUpdate | None:
         tell_draining = self._draining and not self._draining_told
-        if not (self._unsent or self._load or self._hello or tell_draining):
+        if not (self._unsent or self._load or self._hello or self._cache or tell_draining):
             return None
         update = WorkerUpdate(hello=self._hello, load=self._load, draining=self._draining)
+        update.cache = self._cache.take() if self._cache is not None else None
         self._hello = self._load = None
         self._draining_told = self._draining
         if self._unsent:
@@ -228,6 +231,16 @@ class Session:
     def set_load(self, load: EngineLoad) -> None:
         self._load = load
         self._dirty.set()
+
+    def follow_cache(self, feed: CacheFeed) -> None:
+        """From now on tell the router what the engine's prefix cache holds."""
+        self._cache = feed
+        self._dirty.set()
+
+    def add_cache(self, delta: CacheDelta) -> None:
+        if self._cache is not None:
+            self._cache.add(delta)
+            self._dirty.set()
 
     def set_hello(self, hello: WorkerHello) -> None:
         """Tell the router again who this is: the role has changed."""

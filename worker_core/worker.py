@@ -34,6 +34,7 @@ from worker_core.memory_port import MemoryPort, advertised_host
 from worker_core.puller import Puller
 from worker_core.registration import Registration, make_registration
 from worker_core.session import Session
+from worker_core.store import StoreSide
 
 STOP_GRACE_S = 2.0
 """For the last messages to leave: streams end by themselves once they are written."""
@@ -78,6 +79,7 @@ class Worker:
         self.port.open()
         self._load = await self.engine.call(lambda engine: engine.load())
         self._assemble(engine, await self._start_rpc(), self._load.num_total_blocks)
+        self.store.start()
         await self._server.set_serving(True)
         self._state = "ready"
         self._ready.set()
@@ -117,8 +119,10 @@ class Worker:
             ledger, self.engine, pool, self.jobs, self._metrics, offers=self.port.offers, host_id=self.info.host_id
         )
         self.puller = Puller(config, self.info, self.engine, self.jobs, self._metrics, self.port)
-        self.jobs.exports = self.exporter
-        self.jobs.imports = self.puller
+        self.store = StoreSide(
+            config, self.info, engine, self.engine, self.jobs, self._metrics, self.port, self._tokens_waiting
+        )
+        self.jobs.exports, self.jobs.imports, self.jobs.store = self.exporter, self.puller, self.store
 
     def _describe(self, engine: HandoverEngine, num_blocks: int) -> WorkerInfo:
         return WorkerInfo(
@@ -134,6 +138,7 @@ class Worker:
             transports=tuple(self._config.transports),
             host_id=host_id(),
             labels=tuple(sorted(self._config.labels.items())),
+            store_address=self._config.store_advertise or self._config.store,
         )
 
     async def drain(self) -> None:
@@ -152,6 +157,7 @@ class Worker:
             await asyncio.wait_for(self.jobs.wait_empty(), self._config.drain_timeout_s)
         except TimeoutError:
             log.warning("drain timed out", extra={"requests": len(self.jobs)})
+        await self.store.flush()
         if leaving is not None:
             await leaving
 
@@ -165,6 +171,7 @@ class Worker:
             for session in self.jobs.sessions:
                 session.close()
             await self._server.stop(STOP_GRACE_S)
+            await self.store.stop()
             await self.puller.stop()
             self.exporter.close()
             self.jobs.close()
@@ -179,6 +186,9 @@ class Worker:
         for session in self.jobs.sessions:
             session.set_hello(WorkerHello(self.info))
 
+    def _tokens_waiting(self) -> int:
+        return self._load.num_prefill_tokens_waiting if self._load is not None else 0
+
     @property
     def kv_bytes_pulled(self) -> int:
         """KV that hand-over has brought here since start."""
@@ -191,6 +201,7 @@ class Worker:
         session = Session(next(self._session_numbers), stream, self.jobs, self._config.session_buffer_steps)
         self.jobs.add_session(session)
         self._metrics.sessions.inc()
+        session.follow_cache(self.store.feed())
         if self._load is not None:
             session.set_load(self._load)
         if self._draining:
@@ -220,6 +231,9 @@ class Worker:
     def _on_round(self, round_: Round) -> None:
         if not self._ready.is_set():
             return  # not serving yet, or no more: no request is here
+        delta = self.store.on_round(round_)
+        if delta:
+            self.jobs.tell_cache(delta)
         self.jobs.on_round(round_)
         if round_.load is not None:
             self._load = replace(round_.load, kv_bytes_pulled=self.kv_bytes_pulled)

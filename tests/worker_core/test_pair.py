@@ -376,7 +376,7 @@ async def test_a_prefill_that_is_retried_elsewhere_replaces_the_first() -> None:
         pair.prefill.cancel(lost.first)
         second = await RouterSession.open(second_worker.address)
         retried = PairRequest(second, pair.decode, request).start(lost.rest)
-        await retried.first.until(lambda: retried.first.prompt is not None)
+        await until(lambda: any(len(tickets) > 1 for tickets in pair.decode_worker.puller._sources.values()))
         gate.open.set()
         assert await retried.result() == expected(request)
         await until_free(pair.prefill_worker, second_worker, pair.decode_worker)

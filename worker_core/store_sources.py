@@ -1,0 +1,157 @@
+"""Where a prompt's blocks can be fetched from: the node's own store, and stores of other nodes that a router names.
+
+A `Find` is what one source has of one prompt, leased: read any part of it, then release it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from kvstore.handover.verify import DigestPolicy
+from kvstore.node.peer_client import PeerStoreClient
+from kvstore.transports.base import Transport
+from kvstore.transports.shm import SharedMemoryPool
+from pdserve.errors import PdserveError
+from pdserve.rpc import Channel, Tls
+from pdserve.wire.store import Found
+from worker_core.store_link import PAUSE_S
+
+RENEWALS = 3
+"""Within a lease."""
+
+log = logging.getLogger("pdserve.worker")
+
+
+class StoreSession(Protocol):
+    """What `StoreClient` and `PeerStoreClient` have in common."""
+
+    async def renew(self, found: Found) -> float: ...
+    async def release(self, found: Found) -> None: ...
+
+
+Reader = Callable[[Found, Sequence[int], Callable[[], bool]], object]
+"""Fills blocks of the engine's pool; blocks the calling thread; raises a `PdserveError`, and the blocks are garbage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Find:
+    """The leading blocks of a prompt that a source has."""
+
+    tier: str
+    """dram or peer: for metrics and for what a read costs."""
+    source: str
+    """Whose bandwidth it is."""
+    found: Found
+    session: StoreSession
+    reader: Reader
+    lease_s: float
+
+    def __len__(self) -> int:
+        return len(self.found.slots)
+
+    def read(self, first: int, blocks: Sequence[int], should_stop: Callable[[], bool]) -> None:
+        """Bring found blocks `first` and on into these blocks of the engine's pool."""
+        found, end = self.found, first + len(blocks)
+        part = replace(
+            found,
+            slots=found.slots[first:end],
+            generations=found.generations[first:end],
+            digests=found.digests[first:end],
+        )
+        self.reader(part, blocks, should_stop)
+
+    async def keep(self) -> None:
+        """Renew the lease until cancelled, or until it can't be: then the fences tell what was lost."""
+        while True:
+            await asyncio.sleep(self.lease_s / RENEWALS)
+            try:
+                await self.session.renew(self.found)
+            except PdserveError as error:
+                log.info("a lease ended early", extra={"reason": error.reason})
+                return
+
+    async def release(self) -> None:
+        """Best effort: the lease ends by itself."""
+        try:
+            await self.session.release(self.found)
+        except PdserveError as error:
+            log.debug("a lease was not released", extra={"reason": error.reason})
+
+
+@dataclass(slots=True)
+class _Peer:
+    channel: Channel
+    client: PeerStoreClient | None = None
+    attaching: asyncio.Task[PeerStoreClient] | None = None
+    paused_until: float = 0.0
+
+
+class PeerStores:
+    """Sessions with other nodes' stores, made at the first use."""
+
+    def __init__(
+        self, worker_id: str, pool: SharedMemoryPool, transports: Mapping[str, Transport], tls: Tls | None,
+        policy: DigestPolicy,
+    ) -> None:  # fmt: skip
+        self._worker_id = worker_id
+        self._pool = pool
+        self._transports = transports
+        self._tls = tls
+        self._policy = policy
+        self._peers: dict[str, _Peer] = {}
+
+    def available(self, address: str) -> bool:
+        peer = self._peers.get(address)
+        return peer is None or time.monotonic() >= peer.paused_until
+
+    def pause(self, address: str) -> None:
+        """It failed: not again for a while."""
+        peer = self._peers.get(address)
+        if peer is not None:
+            peer.paused_until = time.monotonic() + PAUSE_S
+
+    async def find(self, address: str, keys: Sequence[bytes], fingerprint: bytes) -> Find:
+        """Raises a `PdserveError`."""
+        client = await self._client(address)
+        found = await client.lookup(keys, fingerprint)
+
+        def read(part: Found, blocks: Sequence[int], should_stop: Callable[[], bool]) -> None:
+            client.read(part, self._pool, blocks, self._policy, should_stop)
+
+        return Find("peer", address, found, client, read, client.attached.lease_ms / 1000)
+
+    async def _client(self, address: str) -> PeerStoreClient:
+        peer = self._peers.setdefault(address, _Peer(Channel(address, tls=self._tls)))
+        if peer.client is not None and not peer.client.lost.done():
+            return peer.client
+        if peer.client is not None:
+            gone, peer.client = peer.client, None
+            await gone.close()
+        if peer.attaching is None:
+            peer.attaching = asyncio.create_task(self._attach(peer))
+        try:
+            return await asyncio.shield(peer.attaching)
+        finally:
+            if peer.attaching is not None and peer.attaching.done():
+                peer.attaching = None
+
+    async def _attach(self, peer: _Peer) -> PeerStoreClient:
+        peer.client = await PeerStoreClient.attach(
+            peer.channel, self._worker_id, self._transports, block_bytes=self._pool.block_bytes
+        )
+        return peer.client
+
+    async def close(self) -> None:
+        for peer in self._peers.values():
+            if peer.attaching is not None:
+                peer.attaching.cancel()
+                await asyncio.gather(peer.attaching, return_exceptions=True)
+            if peer.client is not None:
+                await peer.client.close()
+            await peer.channel.close()
+        self._peers.clear()
