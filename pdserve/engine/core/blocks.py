@@ -10,9 +10,11 @@ Pure bookkeeping: no bytes move here. The scheduler allocates, `handover.py` hol
 
 from __future__ import annotations
 
+import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice, takewhile
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +24,32 @@ class OutOfBlocks(RuntimeError):
     """More blocks were asked for than `num_available`: the caller did not check."""
 
 
+class CachePolicy(Protocol):
+    """Names the cached block that is given up next; without one it is the least recently used. A policy of
+    `kvstore.eviction` fits; see there for the contract in full. `now` is in seconds."""
+
+    def access(self, keys: Sequence[bytes], now: float, *, extends: bool = False) -> None:
+        """A request used this chain, first block first; `extends`: the same request as before."""
+
+    def evict(self, now: float, allowed: Callable[[bytes], bool]) -> bytes | None:
+        """The next victim, which it now takes for gone; None when there is none that is allowed to leave."""
+
+    def forget(self, key: bytes) -> None:
+        """It left for another reason."""
+
+
 class BlockManager:
     """Reference counts, free list, prefix cache and reservations over `len(generations)` blocks.
 
     `generations`: shape [num_blocks], written in place, so it may lie in memory that peers read.
     """
 
-    def __init__(self, generations: NDArray[np.uint64]) -> None:
+    def __init__(
+        self,
+        generations: NDArray[np.uint64],
+        policy: CachePolicy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.num_blocks = len(generations)
         self.num_reserved = 0
         self._generations = generations
@@ -39,6 +60,8 @@ class BlockManager:
         """First to be reused first: blocks without a key, then the least recently used."""
         self._evicted: dict[bytes, None] = {}
         """Keys that were forgotten since `take_evicted`."""
+        self._policy = policy
+        self._clock = clock
 
     @property
     def num_available(self) -> int:
@@ -74,7 +97,7 @@ class BlockManager:
         """
         if count > self.num_available:
             raise OutOfBlocks(f"{count} blocks to allocate, {self.num_available} available")
-        blocks = [self._pick_one(after)] if count == 1 else self._pick(count)
+        blocks = self._pick_one(after) if count == 1 else self._pick(count)
         for block in blocks:
             del self._free[block]
             self._forget(block)
@@ -111,14 +134,16 @@ class BlockManager:
         self.acquire(found)
         return found + self.allocate(num_new), len(found)
 
-    def _pick_one(self, after: int | None) -> int:
+    def _pick_one(self, after: int | None) -> list[int]:
         if after is not None and after + 1 in self._free and self._key_of[after + 1] is None:
-            return after + 1
-        return next(iter(self._free))
+            return [after + 1]
+        return [next(iter(self._free))] if self._policy is None else self._pick_by_policy(1, self._policy)
 
     def _pick(self, count: int) -> list[int]:
         """From the oldest free blocks, a few more than needed, those that form the longest runs: the shortest run
         that holds all, else long ones first. The slack bounds both the cost and how far reuse departs from LRU."""
+        if self._policy is not None:
+            return self._pick_by_policy(count, self._policy)
         slack = min(len(self._free) // 8, 3 * count + 32)
         runs = _runs(sorted(islice(self._free, count + slack)))
         whole = [run for run in runs if len(run) >= count]
@@ -129,7 +154,30 @@ class BlockManager:
             picked += run[: count - len(picked)]
         return sorted(picked)
 
+    def _pick_by_policy(self, count: int, policy: CachePolicy) -> list[int]:
+        """Blocks without a key, which are first on the free list; then victims; at last what the policy never saw."""
+        unkeyed = takewhile(lambda block: self._key_of[block] is None, self._free)
+        picked = dict.fromkeys(islice(unkeyed, count))
+        now = self._clock()
+        while len(picked) < count and (key := policy.evict(now, self._is_idle)) is not None:
+            if (block := self._block_of.get(key)) is not None:
+                picked[block] = None
+        rest = list(islice((block for block in self._free if block not in picked), count - len(picked)))
+        for block in rest:
+            if (unseen := self._key_of[block]) is not None:
+                policy.forget(unseen)
+        return sorted([*picked, *rest])
+
+    def _is_idle(self, key: bytes) -> bool:
+        block = self._block_of.get(key)
+        return block is None or not self._refs[block]
+
     # Prefix cache
+
+    def used(self, keys: Sequence[bytes], *, extends: bool) -> None:
+        """A request uses these leading blocks of its chain, all published; `extends`: not for the first time."""
+        if self._policy is not None and keys:
+            self._policy.access(keys, self._clock(), extends=extends)
 
     def publish(self, block: int, key: bytes) -> None:
         """The block is full and its content final: findable from now on. The first block under a key stays it."""

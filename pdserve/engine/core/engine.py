@@ -13,15 +13,17 @@ prompt once and then each choice's own outputs. A choice whose outputs are compl
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import chain
 
 from pdserve.engine.base import ImportTarget, KVMemory, KVMemoryFactory, StepResult
+from pdserve.engine.core.blocks import CachePolicy
 from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.core.fills import Fills
 from pdserve.engine.core.handover import Exports, Import
-from pdserve.engine.core.handover_area import open_area
+from pdserve.engine.core.handover_area import Clock, open_area
 from pdserve.engine.core.news import CacheNews
 from pdserve.engine.core.runner import ModelRunner, Sampled
 from pdserve.engine.core.scheduler import Batch, Reservation, Scheduler
@@ -37,13 +39,22 @@ class LocalEngine:
     when it runs alone, and none waits for ever.
     """
 
-    def __init__(self, runner: ModelRunner, memory_factory: KVMemoryFactory, config: CoreConfig) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        memory_factory: KVMemoryFactory,
+        config: CoreConfig,
+        *,
+        cache_policy: CachePolicy | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """`cache_policy` decides what the prefix cache gives up (None: the least recently used), by this clock."""
         self._runner = runner
         self._config = config
         self._block_tokens = runner.layout.block_tokens
         pool_tokens = config.num_blocks * self._block_tokens
         self._model = replace(runner.model, max_model_len=min(runner.model.max_model_len, pool_tokens))
-        self._area = open_area(runner, memory_factory, config)
+        self._area = open_area(runner, memory_factory, config, cache_policy, clock)
         self._news = CacheNews(self._area)
         self._fills = Fills(self._area, self._news)
         self._scheduler = Scheduler(config, self._area.pool, self._block_tokens, self._fills, self._news)

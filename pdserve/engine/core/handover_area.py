@@ -7,19 +7,22 @@ engine chunks go through a small staging area, and wait for room in it without h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Protocol
 
 import numpy as np
 
 from pdserve.engine.base import KVMemory, KVMemoryFactory
-from pdserve.engine.core.blocks import BlockManager
+from pdserve.engine.core.blocks import BlockManager, CachePolicy
 from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.core.runner import ModelRunner
 from pdserve.errors import HandoverError
 
 Blocks = Sequence[int]
+Clock = Callable[[], float]
+"""Seconds."""
 
 
 class HandoverArea(Protocol):
@@ -75,9 +78,9 @@ class DirectArea:
 
     staged = False
 
-    def __init__(self, runner: ModelRunner, memory: KVMemory) -> None:
+    def __init__(self, runner: ModelRunner, memory: KVMemory, policy: CachePolicy | None, clock: Clock) -> None:
         self.memory = memory
-        self.pool = BlockManager(memory.generations)
+        self.pool = BlockManager(memory.generations, policy, clock)
         runner.allocate(len(memory.generations), memory.blocks)
 
     def export(self, pool_blocks: Blocks) -> list[int]:
@@ -111,9 +114,11 @@ class StagedArea:
 
     staged = True
 
-    def __init__(self, runner: ModelRunner, memory: KVMemory, num_pool_blocks: int) -> None:
+    def __init__(
+        self, runner: ModelRunner, memory: KVMemory, num_pool_blocks: int, policy: CachePolicy | None, clock: Clock
+    ) -> None:
         self.memory = memory
-        self.pool = BlockManager(np.zeros(num_pool_blocks, dtype=np.uint64))
+        self.pool = BlockManager(np.zeros(num_pool_blocks, dtype=np.uint64), policy, clock)
         self._staging = BlockManager(memory.generations)
         self._runner = runner
         runner.allocate(num_pool_blocks, None)
@@ -157,10 +162,16 @@ class StagedArea:
         self._staging.check_integrity(chain(exported, imported))
 
 
-def open_area(runner: ModelRunner, memory_factory: KVMemoryFactory, config: CoreConfig) -> HandoverArea:
-    """The area that suits the runner, and its KV pool in it."""
+def open_area(
+    runner: ModelRunner,
+    memory_factory: KVMemoryFactory,
+    config: CoreConfig,
+    policy: CachePolicy | None = None,
+    clock: Clock = time.monotonic,
+) -> HandoverArea:
+    """The area that suits the runner, and its KV pool in it; `policy` decides what the prefix cache gives up."""
     block_bytes = runner.layout.block_bytes
     if runner.pool_is_host_memory:
-        return DirectArea(runner, memory_factory(config.num_blocks, block_bytes))
+        return DirectArea(runner, memory_factory(config.num_blocks, block_bytes), policy, clock)
     num_staging = config.staging_blocks or max(1, config.num_blocks // 4)
-    return StagedArea(runner, memory_factory(num_staging, block_bytes), config.num_blocks)
+    return StagedArea(runner, memory_factory(num_staging, block_bytes), config.num_blocks, policy, clock)

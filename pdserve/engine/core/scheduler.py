@@ -213,8 +213,11 @@ class Scheduler:
 
     def tell(self, seq: Choice, first: int) -> None:
         """Its blocks from `first` to the last one that the cache knows are news."""
-        end = seq.num_published
+        end, group = seq.num_published, seq.group
         self._news.took(seq.handle, first, seq.keys[first:end], seq.block_table[first:end])
+        if end:
+            self._pool.used(seq.keys[:end], extends=group.uses_cache)
+            group.uses_cache = True
 
     def cached_keys(self, seq: Choice, num_tokens: int) -> Iterable[bytes]:
         """Keys of the full blocks within its first `num_tokens` tokens, to be looked up."""

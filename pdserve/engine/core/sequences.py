@@ -79,6 +79,8 @@ class Group:
     num_fetched_tokens: int = 0
     """Of those, brought from a store for this request."""
     was_preempted: bool = False
+    uses_cache: bool = False
+    """Its chain was counted as used (`BlockManager.used`)."""
     num_exported_tokens: int = 0
 
     def __post_init__(self) -> None:
