@@ -24,6 +24,7 @@ from kvstore.ranges import check_ranges
 from kvstore.transports.base import Range, Region
 from kvstore.transports.tcp_server import ServedRegion, TcpServer
 from kvstore.transports.tcp_stream import (
+    CHANNELS,
     HELLO,
     MAGIC,
     MAX_RANGES,
@@ -33,7 +34,10 @@ from kvstore.transports.tcp_stream import (
     STATUS,
     VERSION,
     WRITE,
+    Channel,
     Stream,
+    Upgrade,
+    plain,
     tune,
 )
 from pdserve.errors import HandoverError, PeerLost
@@ -71,15 +75,28 @@ class _Descriptor(msgspec.Struct, array_like=True, frozen=True):
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Connection:
+    """What requests go by, and what payload goes by: mostly the same."""
+
+    stream: Stream
+    channel: Channel
+
+    def close(self) -> None:
+        self.channel.close()
+        self.stream.close()
+
+
 class TcpPeer:
     """A region behind a socket. See `kvstore.transports.base.Peer`."""
 
-    def __init__(self, where: _Descriptor, options: TcpOptions) -> None:
+    def __init__(self, where: _Descriptor, options: TcpOptions, channel: int = 0, upgrade: Upgrade = plain) -> None:
         """Raises `PeerLost`."""
         self._where, self._options = where, options
+        self._channel, self._upgrade = channel, upgrade
         self._lock = threading.Lock()
-        self._idle: list[Stream] = []
-        self._all: set[Stream] = set()
+        self._idle: list[_Connection] = []
+        self._all: set[_Connection] = set()
         self._slots = threading.BoundedSemaphore(options.max_connections_per_peer)
         self._closed = False
         with self._connection():
@@ -98,12 +115,13 @@ class TcpPeer:
 
     def _transfer(self, operation: int, ranges: Sequence[Range], local: memoryview) -> None:
         check_ranges(ranges, self._where.nbytes, local.nbytes)
-        with self._connection() as stream:
+        with self._connection() as connection:
             for start in range(0, len(ranges), MAX_RANGES):
-                self._batch(stream, operation, ranges[start : start + MAX_RANGES], local)
+                self._batch(connection, operation, ranges[start : start + MAX_RANGES], local)
 
-    def _batch(self, stream: Stream, operation: int, ranges: Sequence[Range], local: memoryview) -> None:
+    def _batch(self, connection: _Connection, operation: int, ranges: Sequence[Range], local: memoryview) -> None:
         """One request and its answer."""
+        stream, channel = connection.stream, connection.channel
         payload = sum(r.length for r in ranges)
         table = np.array([(r.remote, r.length) for r in ranges], dtype="<u8").tobytes()
         views = [local[r.local : r.local + r.length] for r in ranges]
@@ -111,61 +129,65 @@ class TcpPeer:
         if operation == READ:
             stream.send([request, table])
             _expect_ok(stream, payload)
-            stream.receive(views)
-        else:
+            channel.receive(views)
+        elif channel is stream:
             stream.send([request, table, *views])
+            _expect_ok(stream, payload)
+        else:
+            stream.send([request, table])
+            channel.send(views)
             _expect_ok(stream, payload)
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            streams, idle = list(self._all), list(self._idle)
+            connections, idle = list(self._all), list(self._idle)
             self._idle.clear()
-        for stream in streams:
-            stream.abort()
-        for stream in idle:
-            self._discard(stream)
+        for connection in connections:
+            connection.stream.abort()
+        for connection in idle:
+            self._discard(connection)
 
     @contextmanager
-    def _connection(self) -> Iterator[Stream]:
+    def _connection(self) -> Iterator[_Connection]:
         """An idle connection or a new one; after an error it is not used again."""
         with self._slots:
-            stream = self._take()
+            connection = self._take()
             try:
-                yield stream
+                yield connection
             except BaseException:
-                self._discard(stream)
+                self._discard(connection)
                 raise
-            self._put_back(stream)
+            self._put_back(connection)
 
-    def _take(self) -> Stream:
+    def _take(self) -> _Connection:
         with self._lock:
             if self._closed:
                 raise PeerLost("this peer was closed")
             if self._idle:
                 return self._idle.pop()
-        stream = self._open()
+        connection = self._open()
         with self._lock:
-            self._all.add(stream)
+            self._all.add(connection)
             closed = self.closed
         if closed:
-            self._discard(stream)
+            self._discard(connection)
             raise PeerLost("this peer was closed")
-        return stream
+        return connection
 
-    def _put_back(self, stream: Stream) -> None:
+    def _put_back(self, connection: _Connection) -> None:
         with self._lock:
             if not self._closed:
-                self._idle.append(stream)
+                self._idle.append(connection)
                 return
-        self._discard(stream)
+        self._discard(connection)
 
-    def _discard(self, stream: Stream) -> None:
+    def _discard(self, connection: _Connection) -> None:
         with self._lock:
-            self._all.discard(stream)
-        stream.close()
+            self._all.discard(connection)
+        connection.close()
 
-    def _open(self) -> Stream:
+    def _open(self) -> _Connection:
         """Connect, show the token. Raises `PeerLost`."""
         where, options = self._where, self._options
         try:
@@ -177,12 +199,12 @@ class TcpPeer:
             raise PeerLost(f"cannot connect to {where.host}:{where.port}: {error}") from error
         stream = Stream(sock, options.progress_timeout_s)
         try:
-            stream.send([HELLO.pack(MAGIC, VERSION, 0, where.region_id, where.token)])
+            stream.send([HELLO.pack(MAGIC, VERSION, self._channel, where.region_id, where.token)])
             _expect_ok(stream, where.nbytes)
+            return _Connection(stream, self._upgrade(stream, sock, False))
         except HandoverError as error:
             stream.close()
             raise PeerLost(f"{where.host}:{where.port} did not let us in: {error.message}") from error
-        return stream
 
 
 def _expect_ok(stream: Stream, payload: int) -> None:
@@ -196,10 +218,10 @@ def _expect_ok(stream: Stream, payload: int) -> None:
 class TcpTransport:
     """Serves registered regions and reaches others'. See `kvstore.transports.base.Transport`."""
 
-    name = "tcp"
-
-    def __init__(self, options: TcpOptions | None = None) -> None:
-        """Listens at once. Raises `OSError` when the address cannot be bound."""
+    def __init__(self, options: TcpOptions | None = None, name: str = "tcp", upgrade: Upgrade = plain) -> None:
+        """Listens at once. `upgrade` makes what carries the payload. Raises `OSError` when the address cannot be
+        bound."""
+        self.name, self._channel, self._upgrade = name, CHANNELS[name], upgrade
         self._options = options = options or TcpOptions()
         self._server = TcpServer(
             options.host,
@@ -207,6 +229,8 @@ class TcpTransport:
             progress_timeout_s=options.progress_timeout_s,
             buffer_bytes=options.buffer_bytes,
             tls=options.server_tls,
+            channel=self._channel,
+            upgrade=upgrade,
         )
         self._region_ids = itertools.count(1)
         self._peers: set[TcpPeer] = set()
@@ -241,7 +265,7 @@ class TcpTransport:
         with self._lock:
             if self._closed:
                 raise PeerLost("this transport is closed")
-        peer = TcpPeer(where, self._options)
+        peer = TcpPeer(where, self._options, self._channel, self._upgrade)
         with self._lock:
             self._peers = {p for p in self._peers if not p.closed} | {peer}
         return peer

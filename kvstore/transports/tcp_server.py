@@ -12,6 +12,7 @@ import logging
 import socket
 import ssl
 import threading
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,7 +30,10 @@ from kvstore.transports.tcp_stream import (
     STATUS,
     VERSION,
     WRITE,
+    Channel,
     Stream,
+    Upgrade,
+    plain,
     tune,
 )
 from pdserve.errors import HandoverError, PeerLost
@@ -66,8 +70,11 @@ class TcpServer:
         progress_timeout_s: float,
         buffer_bytes: int,
         tls: ssl.SSLContext | None,
+        channel: int = 0,
+        upgrade: Upgrade = plain,
     ) -> None:
         """Raises `OSError` when the address cannot be bound."""
+        self._channel, self._upgrade = channel, upgrade
         self._progress_timeout_s, self._buffer_bytes, self._tls = progress_timeout_s, buffer_bytes, tls
         self._lock = threading.Lock()
         self._regions: dict[int, ServedRegion] = {}
@@ -152,9 +159,10 @@ class TcpServer:
             stream = Stream(wrapped, self._progress_timeout_s)
             self._enter(region, stream)
             try:
-                while True:
-                    stream.wait_readable()
-                    _answer(stream, region)
+                with closing(self._upgrade(stream, wrapped, True)) as channel:
+                    while True:
+                        stream.wait_readable()
+                        _answer(stream, channel, region)
             finally:
                 with self._lock:
                     region.connections.discard(stream)
@@ -167,11 +175,12 @@ class TcpServer:
                 raise PeerLost("the server is closed")
             self._strangers.add(stream)
         try:
-            magic, version, _, region_id, token = HELLO.unpack(stream.receive_bytes(HELLO.size))
+            magic, version, channel, region_id, token = HELLO.unpack(stream.receive_bytes(HELLO.size))
             with self._lock:
                 region = self._regions.get(region_id)
             expected = region.token if region else bytes(32)
-            if magic != MAGIC or version != VERSION or not hmac.compare_digest(token, expected) or region is None:
+            ours = magic == MAGIC and version == VERSION and channel == self._channel
+            if not ours or not hmac.compare_digest(token, expected) or region is None:
                 stream.send([STATUS.pack(MAGIC, REFUSED, 0)])
                 raise PeerLost("a peer showed no valid token")
             return region
@@ -189,7 +198,7 @@ class TcpServer:
         stream.send([STATUS.pack(MAGIC, OK, region.memory.nbytes)])
 
 
-def _answer(stream: Stream, region: ServedRegion) -> None:
+def _answer(stream: Stream, channel: Channel, region: ServedRegion) -> None:
     """One request. Raises `PeerLost` when it is malformed: the connection ends."""
     magic, operation, _, num_ranges, _, payload = REQUEST.unpack(stream.receive_bytes(REQUEST.size))
     if magic != MAGIC or operation not in (READ, WRITE) or num_ranges > MAX_RANGES:
@@ -199,10 +208,18 @@ def _answer(stream: Stream, region: ServedRegion) -> None:
     table = np.frombuffer(stream.receive_bytes(num_ranges * RANGE_BYTES), dtype="<u8").reshape(-1, 2)
     views = _views(region.memory, table, payload)
     if operation == READ:
-        stream.send([STATUS.pack(MAGIC, OK, payload), *views])
+        _send_answer(stream, channel, STATUS.pack(MAGIC, OK, payload), views)
     else:
-        stream.receive(views)
+        channel.receive(views)
         stream.send([STATUS.pack(MAGIC, OK, payload)])
+
+
+def _send_answer(stream: Stream, channel: Channel, status: bytes, views: list[memoryview]) -> None:
+    if channel is stream:
+        stream.send([status, *views])
+    else:
+        stream.send([status])
+        channel.send(views)
 
 
 def _views(memory: memoryview, table: NDArray[np.uint64], payload: int) -> list[memoryview]:

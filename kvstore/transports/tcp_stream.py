@@ -4,7 +4,7 @@ One connection serves one region. The client opens with a `HELLO` that carries t
 sends requests one at a time: header, ranges, and for a write the bytes. The server answers each with a status, and
 for a read the bytes, in the order of the ranges. All integers are little-endian.
 
-    HELLO    magic 4s, version u16, zero u16, region id u64, token 32s
+    HELLO    magic 4s, version u16, channel u16, region id u64, token 32s
     REQUEST  magic 4s, operation u16, zero u16, number of ranges u32, zero u32, payload bytes u64
     RANGE    offset u64, length u64
     STATUS   magic 4s, status u32, payload bytes u64
@@ -18,6 +18,7 @@ import ssl
 import struct
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from pdserve.errors import PeerLost, TransferTimeout
 
@@ -29,10 +30,22 @@ STATUS = struct.Struct("<4sIQ")
 RANGE_BYTES = 16
 READ, WRITE = 1, 2
 OK, REFUSED = 0, 1
+CHANNELS = {"tcp": 0, "gloo": 1, "nccl": 2}
+"""By what the payload goes: both sides must mean the same one."""
 MAX_RANGES = 4096
 """Ranges a request: bounds what a server allocates for one (64 KiB)."""
 _IOV = 512
 """Buffers a system call; Linux allows 1,024 (IOV_MAX)."""
+
+
+class Channel(Protocol):
+    """What carries a connection's payload: the stream itself, or something that was made by it."""
+
+    def send(self, buffers: Sequence[memoryview | bytes]) -> None: ...
+
+    def receive(self, buffers: Sequence[memoryview]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Stream:
@@ -121,6 +134,16 @@ class Stream:
             raise TransferTimeout(f"the peer moved no byte for {waited:.1f} s (limit {self._timeout_s} s)") from error
         except OSError as error:
             raise PeerLost(f"the connection to the peer broke: {error}") from error
+
+
+Upgrade = Callable[[Stream, socket.socket, bool], Channel]
+"""Makes a connection's channel once the peer was let in; true on the serving side. Raises `PeerLost`,
+`TransferTimeout`."""
+
+
+def plain(stream: Stream, sock: socket.socket, serving: bool) -> Channel:
+    """The payload goes by the connection."""
+    return stream
 
 
 def _advance(views: list[memoryview], first: int, count: int) -> int:

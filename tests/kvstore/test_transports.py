@@ -6,18 +6,19 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 from peer_process import peer_process
+from transport_tools import EVERY, make
 
 from kvstore.transports.base import Peer, Range, Region, Transport
-from kvstore.transports.registry import NAMES, make_transport, select
+from kvstore.transports.registry import make_transport, select
 from kvstore.transports.shm import SharedMemoryPool
 from pdserve.errors import ConfigError, HandoverError, PeerLost
 
 BLOCK = 10_000  # no multiple of a page, or of 8
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=EVERY)
 def transport(request: pytest.FixtureRequest) -> Iterator[Transport]:
-    made = make_transport(request.param)
+    made = make(request.param)
     yield made
     made.close()
 
@@ -232,7 +233,7 @@ def test_a_peer_that_ends_cleanly_is_lost_too(transport: Transport) -> None:
 def test_an_unknown_transport_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="shm, tcp") as caught:
         make_transport("carrier-pigeon")
-    assert caught.value.key == "kv.transports"
+    assert caught.value.key == "transports"
 
 
 def test_selection_follows_the_offer_and_needs_one_host_for_shm() -> None:
