@@ -54,6 +54,12 @@ def advertised_host(config: KvstoreConfig) -> str:
     return host
 
 
+def _transport_host(config: KvstoreConfig) -> str:
+    """What peers dial for bulk bytes: where the transport listens, if that is one address. It differs from what
+    clients dial where only the gRPC port is forwarded, as a pod's port on its node is."""
+    return config.transport_host if config.transport_host not in ("", *ANY_ADDRESS) else advertised_host(config)
+
+
 class Wires:
     """The transports by which the pool is reached, and their certificates."""
 
@@ -64,7 +70,7 @@ class Wires:
         self.offers: dict[str, bytes] = {}
         options = TcpOptions(
             host=config.transport_host or split_address(config.listen, "listen")[0],
-            advertise_host=advertised_host(config),
+            advertise_host=_transport_host(config),
             progress_timeout_s=config.transfer_timeout_s,
             server_tls=self._tls.server if self._tls else None,
             client_tls=self._tls.client if self._tls else None,
