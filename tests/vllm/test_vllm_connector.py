@@ -17,26 +17,35 @@ pytest.importorskip("vllm", reason="needs the environment of `make test-vllm`")
 from vllm import _custom_ops as custom_ops
 
 from kvstore.transports.shm import SharedMemoryPool
-from kvstore.vllm_connector import LOAD_TOKENS, Copy, SchedulerSide, TransferPlan, WorkerSide
+from kvstore.vllm_connector.plan import Copies, Load, LoadCopy, Save, SaveCopy
+from kvstore.vllm_connector.scheduler_side import SchedulerSide
+from kvstore.vllm_connector.worker_side import LOAD_TOKENS, WorkerSide
 from pdserve.engine.vllm.board import Ending, TransferBoard
-from pdserve.engine.vllm.pages import HalvesOrder, PagedKV, paged_kv
+from pdserve.engine.vllm.pages import HalvesOrder, LatentOrder, PagedKV, paged_kv
+from pdserve.engine.vllm.requests import PARAMS_KEY
 
 pytestmark = pytest.mark.vllm
 
 BLOCK = 16
 
 
-def request(num_tokens: int, *, loads: bool, slot: int = 3, name: str = "r") -> SimpleNamespace:
-    count = -(-num_tokens // BLOCK)
-    params = {
-        "slot": slot,
-        "blocks": list(range(100, 100 + count)),
-        "generations": [1] * count,
-        "num_tokens": num_tokens,
-        "loads": loads,
+def request(
+    num_tokens: int, *, loads: int = 0, exports: bool = False, saves_from: int | None = None, name: str = "r"
+) -> SimpleNamespace:
+    """Of so many prompt tokens: it loads the first `loads` (slot 2), and is exported or saved (slot 3)."""
+    load = {
+        "slot": 2,
+        "blocks": list(range(100, 100 - (-loads // BLOCK))),
+        "generations": [1] * -(-loads // BLOCK),
+        "num_tokens": loads,
         "digests": [],
     }
-    return SimpleNamespace(request_id=name, kv_transfer_params=params, num_prompt_tokens=num_tokens)
+    save = {"slot": 3, "first_block": saves_from or 0, "blocks": [7, 8], "num_tokens": num_tokens if exports else 0}
+    ours = {"load": load if loads else None, "save": save if exports or saves_from is not None else None}
+    params = {PARAMS_KEY: ours, "do_remote_decode": False}
+    return SimpleNamespace(
+        request_id=name, kv_transfer_params=params, num_prompt_tokens=num_tokens, num_tokens=num_tokens
+    )
 
 
 def schedule(
@@ -65,7 +74,7 @@ def idle() -> SimpleNamespace:
 @given(st.data())
 def test_every_block_is_saved_once_and_every_transfer_ends_once(data: st.DataObject) -> None:
     total = data.draw(st.integers(1, 200))
-    side, wanted = SchedulerSide(BLOCK), request(total, loads=False)
+    side, wanted = SchedulerSide(BLOCK), request(total, exports=True)
     computed = data.draw(st.integers(0, (total - 1) // BLOCK)) * BLOCK  # found in vLLM's prefix cache
     side.allocated(wanted, [], 0)
     plans, new, resumed, blocks = [], True, False, list(range(40))
@@ -83,50 +92,63 @@ def test_every_block_is_saved_once_and_every_transfer_ends_once(data: st.DataObj
     check_saves(plans, total)
 
 
-def check_saves(plans: list[TransferPlan], total: int) -> None:
+def check_saves(plans: list[Copies], total: int) -> None:
     saves = [save for plan in plans for save in plan.saves]
     position = 0
     for save in saves:
-        assert save.first == position
+        assert save.last > position
         assert save.last == total if save.final else save.last % BLOCK == 0
         position = save.last
-    ends = [save.slot for save in saves if save.final] + [slot for plan in plans for slot in plan.dropped]
+    ends = [save.save.slot for save in saves if save.final] + [slot for plan in plans for slot in plan.dropped]
     assert ends == [3]
 
 
 def test_a_resumed_request_is_read_from_its_new_blocks() -> None:
-    side, wanted = SchedulerSide(BLOCK), request(64, loads=False)
+    side, wanted = SchedulerSide(BLOCK), request(64, exports=True)
     side.allocated(wanted, [], 0)
     side.plan(schedule("r", 0, 20, [7, 8], new=True))
     plan = side.plan(schedule("r", 0, 64, [1, 2, 3, 4], new=False, resumed=True))
     (save,) = plan.saves
-    assert (save.first, save.last, save.vllm_blocks) == (16, 64, (1, 2, 3, 4))
+    assert (save.last, save.final, save.vllm_blocks) == (64, True, (1, 2, 3, 4))
 
 
 def test_a_load_happens_once_even_if_vllm_asks_again() -> None:
-    side, wanted = SchedulerSide(BLOCK), request(50, loads=True)
+    side, wanted = SchedulerSide(BLOCK), request(50, loads=50)
     assert side.num_loadable(wanted, 32) == 18
     assert side.num_loadable(wanted, 32) == 18
     side.allocated(wanted, [1, 2, 3, 4], 18)
     (load,) = side.plan(idle()).loads
-    assert (load.first, load.last, load.final) == (32, 50, True)
+    assert (load.first, load.last, load.load.slot) == (32, 50, 2)
     assert side.num_loadable(wanted, 0) == 0, "after a failed load or a preemption vLLM must compute"
     side.allocated(wanted, [1, 2, 3, 4], 0)
     side.finished(wanted)
-    assert side.plan(idle()) == TransferPlan()
+    assert side.plan(idle()) == Copies()
 
 
 def test_a_load_that_is_not_needed_or_never_starts_is_dropped() -> None:
     side = SchedulerSide(BLOCK)
-    cached, waiting, plain = (
-        request(50, loads=True, slot=1, name="a"),
-        request(50, loads=True, slot=2, name="b"),
-        SimpleNamespace(request_id="c", kv_transfer_params=None, num_prompt_tokens=5),
-    )
+    cached, waiting = request(50, loads=50, name="a"), request(50, loads=32, saves_from=2, name="b")
+    foreign = {"do_remote_prefill": True, "remote_engine_id": "x"}
+    plain = SimpleNamespace(request_id="c", kv_transfer_params=None, num_prompt_tokens=5)
+    others = SimpleNamespace(request_id="d", kv_transfer_params=foreign, num_prompt_tokens=5)
     side.allocated(cached, [1, 2], 0)
-    side.finished(waiting)
-    side.finished(plain)
-    assert side.plan(idle()).dropped == [1, 2]
+    assert side.plan(idle()).dropped == [2]
+    for ended in (cached, waiting, plain, others):
+        side.finished(ended)
+    assert side.plan(idle()).dropped == [2, 3]
+
+
+def test_what_is_generated_is_saved_as_its_tokens_become_known() -> None:
+    side, wanted = SchedulerSide(BLOCK), request(40, loads=32, saves_from=2)
+    side.allocated(wanted, [1, 2, 3], 32)
+    assert not side.plan(schedule("r", 32, 8, [1, 2, 3], new=True)).saves, "its third block is not whole yet"
+    wanted.num_tokens = 47
+    assert not side.plan(schedule("r", 46, 2, [], new=False)).saves, "scheduled before it was sampled"
+    wanted.num_tokens = 49
+    (save,) = side.plan(schedule("r", 48, 1, [4], new=False)).saves
+    assert (save.last, save.final, save.vllm_blocks) == (48, False, (1, 2, 3, 4))
+    side.finished(wanted)
+    assert side.plan(idle()).dropped == [3]
 
 
 LAYERS, HEADS, DIM, PAGE = 2, 3, 64, 64
@@ -172,6 +194,18 @@ SHAPE = (LAYERS, 2, HEADS, BLOCK, DIM)
 NUM_TOKENS = 2 * LOAD_TOKENS + 300
 
 
+def side_of(pool: SharedMemoryPool, board: TransferBoard, shape: tuple[int, ...], rank: int = 0) -> WorkerSide:
+    extra = {
+        "staging": pool.name,
+        "board": board.path,
+        "num_ranks": board.num_ranks,
+        "num_slots": board.num_slots,
+        "block_shape": shape,
+        "dtype": "fp32",
+    }
+    return WorkerSide(extra, rank)
+
+
 @pytest.mark.parametrize(
     ("bad_token", "spoil", "ending"),
     [
@@ -193,24 +227,15 @@ def test_a_long_load_goes_up_to_the_first_bad_block(bad_token: int | None, spoil
     vllm_blocks = tuple(reversed(range(-(-NUM_TOKENS // PAGE))))
     layers = tuple(torch.zeros(len(vllm_blocks), HEADS, PAGE, 2 * DIM) for _ in range(LAYERS))
     pages = PagedKV(layers, HalvesOrder(), BLOCK, PAGE)
-    copy = Copy("r", 0, 0, NUM_TOKENS, True, vllm_blocks, tuple(range(count)), (0,) * count, digests)
+    load = Load(0, tuple(range(count)), (0,) * count, NUM_TOKENS, digests)
+    copy = LoadCopy("r", load, 0, NUM_TOKENS, vllm_blocks)
     if bad_token is not None and spoil == "bytes":
         pool.blocks[bad_token // BLOCK, 7] ^= 1
     elif bad_token is not None:
         pool.generations[bad_token // BLOCK] += 1
-    worker = WorkerSide(
-        {
-            "staging": pool.name,
-            "board": board.path,
-            "num_ranks": 1,
-            "num_slots": 1,
-            "block_shape": SHAPE,
-            "dtype": "fp32",
-        },
-        rank=0,
-    )
+    worker = side_of(pool, board, SHAPE)
     worker.register(pages)
-    worker.start_loads(TransferPlan(loads=[copy]))
+    worker.start_loads(Copies(loads=[copy]))
     worker.close()  # waits for the load
     good = NUM_TOKENS if bad_token is None else bad_token // PAGE * PAGE
     assert worker.take_loaded() == {"r"}
@@ -219,5 +244,91 @@ def test_a_long_load_goes_up_to_the_first_bad_block(bad_token: int | None, spoil
     if good:
         found = pages.read(list(vllm_blocks), 0, good)
         assert torch.equal(found, content[: len(found)])
+    board.close()
+    pool.close()
+
+
+# Ranks: staging holds all heads, so a pair need not be split alike
+
+
+def rank_slices(num_heads: int, num_ranks: int) -> list[slice]:
+    """vLLM's own rule: heads divide among ranks, or are repeated on neighbouring ones."""
+    each = max(1, num_heads // num_ranks)
+    return [slice(first := rank * num_heads // num_ranks, first + each) for rank in range(num_ranks)]
+
+
+@pytest.mark.parametrize(
+    ("heads", "savers", "loaders"), [(4, 2, 1), (4, 1, 2), (4, 4, 2), (2, 1, 4), (2, 4, 1), (6, 3, 2)]
+)
+def test_blocks_of_so_many_ranks_are_read_by_any_other_number_of_them(heads: int, savers: int, loaders: int) -> None:
+    torch.manual_seed(heads + 10 * savers + 100 * loaders)
+    num_tokens, vllm_blocks = 150, (4, 1, 6)
+    content = torch.randn(10, LAYERS, 2, heads, BLOCK, DIM)
+    content[-1, :, :, :, num_tokens % BLOCK :] = 0
+    pool = SharedMemoryPool(10, content[0].numel() * 4)
+    board = TransferBoard.create(max(savers, loaders), 2)
+    shape = (LAYERS, 2, heads, BLOCK, DIM)
+    write_ranks(pool, savers, shape, content, num_tokens, vllm_blocks)
+    digests = tuple(xxhash.xxh3_128_hexdigest(block) for block in pool.blocks)
+    load = LoadCopy("r", Load(1, tuple(range(10)), (0,) * 10, num_tokens, digests), 0, num_tokens, (0, 3, 5))
+    for rank, part in enumerate(rank_slices(heads, loaders)):
+        pages = empty_pages(part.stop - part.start)
+        side = side_of(pool, loaders_board := TransferBoard.create(loaders, 2), shape, rank)
+        side.register(pages)
+        side.start_loads(Copies(loads=[load]))
+        side.close()
+        assert torch.equal(pages.read([0, 3, 5], 0, num_tokens), content[:, :, :, part])
+        loaders_board.close()
+    board.close()
+    pool.close()
+
+
+def empty_pages(num_heads: int) -> PagedKV:
+    layers = tuple(torch.zeros(8, num_heads, PAGE, 2 * DIM) for _ in range(LAYERS))
+    return PagedKV(layers, HalvesOrder(), BLOCK, PAGE)
+
+
+def write_ranks(
+    pool: SharedMemoryPool,
+    num_ranks: int,
+    shape: tuple[int, ...],
+    content: torch.Tensor,
+    num_tokens: int,
+    vllm_blocks: tuple[int, ...],
+) -> None:
+    """Every rank saves its heads in two steps, the second with blocks that were granted meanwhile."""
+    board = TransferBoard.create(num_ranks, 2)
+    save = Save(0, 0, (0, 1, 2, 3), num_tokens)
+    for rank, part in enumerate(rank_slices(shape[2], num_ranks)):
+        pages = empty_pages(part.stop - part.start)
+        pages.write(list(vllm_blocks), 0, num_tokens, content[:, :, :, part])
+        side = side_of(pool, board, shape, rank)
+        side.register(pages)
+        side.save(Copies(saves=[SaveCopy(save, 96, False, vllm_blocks)]))
+        if num_ranks == 1:
+            assert board.num_tokens(0) == 64, "no further than there are blocks"
+        for block in range(4, 10) if rank == 0 else ():
+            board.grant(0, block)
+        side.save(Copies(saves=[SaveCopy(save, num_tokens, True, vllm_blocks)]))
+        side.close()
+    assert (board.num_tokens(0), board.ending(0)) == (num_tokens, Ending.DONE)
+    board.close()
+
+
+def test_a_latent_is_the_same_on_every_rank() -> None:
+    shape, num_tokens = (LAYERS, 1, 1, BLOCK, 96), 40
+    torch.manual_seed(1)
+    caches = {f"layer{n}": torch.randn(8, PAGE, 96) for n in range(LAYERS)}
+    pages = paged_kv(caches, {}, BLOCK, PAGE, latent=True)
+    assert isinstance(pages.order, LatentOrder)
+    pool, board = SharedMemoryPool(3, 4 * math.prod(shape)), TransferBoard.create(2, 1)
+    for rank in range(2):
+        side = side_of(pool, board, shape, rank)
+        side.register(pages)
+        side.save(Copies(saves=[SaveCopy(Save(0, 0, (0, 1, 2), num_tokens), num_tokens, True, (3,))]))
+        side.close()
+    saved = torch.from_numpy(pool.blocks).view(torch.float32).view(3, *shape)
+    for number, cache in enumerate(caches.values()):
+        assert torch.equal(saved[:, number].reshape(-1, 96)[:num_tokens], cache[3, :num_tokens])
     board.close()
     pool.close()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from kvstore.handover.verify import DigestPolicy, PoolDescriptor, digest_blocks, pull_blocks
 from kvstore.transports.shm import SharedMemoryPool, ShmTransport
-from pdserve.engine.base import ExportedChunk
+from pdserve.engine.base import ExportedChunk, PublishedBlocks
 from pdserve.engine.vllm.engine import VllmEngine
 from pdserve.engine.vllm.settings import VllmSettings
 from pdserve.types import Finish, KVManifest, Logprobs, Phase, PromptStats, Request, SamplingParams
@@ -55,6 +55,9 @@ class Driven:
     logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
     prompts: dict[int, PromptStats] = field(default_factory=dict)
     exports: dict[int, list[ExportedChunk]] = field(default_factory=dict)
+    published: dict[int, list[PublishedBlocks]] = field(default_factory=dict)
+    cached: set[bytes] = field(default_factory=set)
+    """What the engine said it has."""
     order: list[tuple[str, int]] = field(default_factory=list)
     """What came in which order: ("export" | "token", handle)."""
     _next_handle: int = 1
@@ -79,6 +82,10 @@ class Driven:
     def step(self) -> None:
         result = self.engine.step()
         output, position = result.output, 0
+        self.cached.difference_update(result.evicted)
+        for told in result.published:
+            self.published.setdefault(told.handle, []).append(told)
+            self.cached.update(told.keys)
         for chunk in result.exports:
             self.exports.setdefault(chunk.handle, []).append(chunk)
             self.order.append(("export", chunk.handle))
@@ -108,7 +115,7 @@ class Driven:
         """Until nothing runs or retires; then every block and slot must be free."""
         self.run_until(lambda: not self.engine.has_work())
         staging = self.engine._staging
-        staging.check_integrity()
+        self.engine.check_integrity()
         assert staging.num_free_blocks == staging.num_blocks
         assert staging.num_free_slots == staging.board.num_slots
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -98,9 +98,10 @@ class _Started:
 class VllmDriver:
     """One AsyncLLM. The constructor returns when it can serve (20 s and more)."""
 
-    def __init__(self, config: VllmConfig) -> None:
-        """Raises whatever vLLM raises while it starts."""
+    def __init__(self, config: VllmConfig, companions: Sequence[Callable[[], Coroutine[Any, Any, None]]] = ()) -> None:
+        """`companions` run on the same loop, until it closes. Raises whatever vLLM raises while it starts."""
         self.config = config
+        self._companions = companions
         self.stats = Stats()
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._started = _Started()
@@ -156,6 +157,7 @@ class VllmDriver:
             return
         finally:
             self._started.ready.set()
+        self._tasks.update(asyncio.create_task(companion()) for companion in self._companions)
         await self._stop.wait()
         for task in self._tasks:
             task.cancel()

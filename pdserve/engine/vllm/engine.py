@@ -5,9 +5,10 @@ if that is nothing. Hand-over memory is a staging area in shared memory. A promp
 gets the request and given back when peer and vLLM have both let go, so vLLM never waits for staging, and requests
 for which there is no room wait here, in order.
 
-PREFILL: the connector copies finished blocks out; `step` sees them on the board and announces them. DECODE: peers
-fill the blocks; with `resume` vLLM gets the request and loads them; its outputs so far are forced, and the last prompt
-token is computed again, because vLLM samples only from a step.
+PREFILL: the connector copies finished blocks out (`exports.py`). DECODE: peers fill the blocks; with `resume` vLLM gets
+the request and loads them; its outputs so far are forced, and the last prompt token is computed again, because vLLM
+samples only from a step. Staging is a prefix cache as well: what a prompt finds in it vLLM loads instead of computing;
+a store fills it (`fills.py`) and is filled from it (`saves.py`).
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ import xxhash
 from pdserve.engine.base import ImportTarget, KVMemory, KVMemoryFactory, StepResult
 from pdserve.engine.core.sequences import check_request
 from pdserve.engine.vllm.board import Ending, TransferBoard
+from pdserve.engine.vllm.exports import Exports, publish_context
+from pdserve.engine.vllm.fills import Fills
+from pdserve.engine.vllm.news import CacheEvents, CacheNews
 from pdserve.engine.vllm.outputs import end_of, failed, finish_of, read_tokens
-from pdserve.engine.vllm.requests import Choice, Live
+from pdserve.engine.vllm.requests import PARAMS_KEY, Choice, Live
+from pdserve.engine.vllm.saves import Saves
 from pdserve.engine.vllm.settings import VllmSettings
 from pdserve.engine.vllm.staging import StagingPool
-from pdserve.engine.vllm.start import import_vllm, make_memory
+from pdserve.engine.vllm.start import import_vllm, make_memory, start_error
 from pdserve.errors import EngineFailed, HandoverError, InvalidRequest, NotSupported
 from pdserve.types import EngineLoad, Finish, KVLayout, ModelInfo, Phase, PromptStats, Request
 
@@ -37,39 +42,50 @@ if TYPE_CHECKING:
 POLL_S = 0.002
 """Longest wait of a step. Output ends it at once; progress on the board is only seen by looking, and 2 ms is small
 beside the tens of ms of a prefill chunk."""
-NUM_SLOTS = 4096
-"""Transfers at once, 16 bytes a rank each: far above any batch, and more than MAX_CHOICES."""
+NUM_SLOTS = 8192
+"""Transfers at once, 88 bytes each: far above any batch, and more than two for each of MAX_CHOICES."""
+EVENT_STEPS = 50
+"""Steps after the last request ended, 0.1 s, in which vLLM's events of it may still come."""
 
 
 class VllmEngine:
-    """A `pdserve.engine.base.HandoverEngine`."""
+    """A `pdserve.engine.base.HandoverEngine`, and a `KVCache`."""
 
-    def __init__(self, settings: VllmSettings, memory_factory: KVMemoryFactory) -> None:
+    def __init__(
+        self, settings: VllmSettings, memory_factory: KVMemoryFactory, events: CacheEvents | None = None
+    ) -> None:
         """Starts vLLM (20 s and more). The factory must make memory with a `name` by which other processes of this
-        host attach it (`kvstore.transports.shm.SharedMemoryPool`). Raises `ConfigError`, `EngineFailed`."""
+        host attach it (`kvstore.transports.shm.SharedMemoryPool`). `events` tell of vLLM's own prefix cache; without
+        them only staging is told of. Raises `ConfigError`, `EngineFailed`."""
         plan_model, finish_config, driver_class = import_vllm()
         plan = plan_model(settings)
         self._settings = settings
         self._layout: KVLayout = plan.layout
         self._memory = make_memory(memory_factory, settings, plan.layout, plan.model.max_model_len)
         self._board = TransferBoard.create(plan.tp_size, NUM_SLOTS)
-        self._staging = StagingPool(self._memory, self._board)
-        config = finish_config(plan, settings, self._connector_config(plan.block_shape))
+        self._staging = StagingPool(self._memory, self._board, plan.layout.block_tokens, settings.verify_loads)
+        self._events = events
+        self._news = CacheNews(self._staging, events)
+        self._exports = Exports(self._staging, self._news, caching=settings.caches)
+        self._fills = Fills(self._staging, self._news)
+        self._saves = Saves(self._staging, self._news)
+        config = finish_config(plan, settings, self._connector_config(plan.block_shape), events)
         try:
-            self._driver = driver_class(config)
+            self._driver = driver_class(config, () if events is None else (events.run,))
         except Exception as error:
             self._board.close()
-            raise EngineFailed(f"vLLM did not start: {error}") from error
+            raise start_error(error, self._board.refusal) from error
         self._model: ModelInfo = replace(plan.model, eos_token_ids=self._driver.eos_token_ids)
         self._live: dict[int, Live] = {}
         """By each of a request's handles."""
         self._waiting: deque[Live] = deque()
         """For room in the staging area."""
+        self._filling: dict[int, Live] = {}
+        """By handle: what waits for an open fill only."""
         self._jobs: dict[Job, tuple[Live, Choice]] = {}
-        self._exporting: dict[Live, None] = {}
-        """PREFILL requests with blocks still to come, in order."""
         self._finishes: list[Finish] = []
         self._num_jobs = 0
+        self._num_event_steps = 0
 
     @property
     def model(self) -> ModelInfo:
@@ -108,14 +124,14 @@ class VllmEngine:
             return
         self._live.update({choice.handle: live for choice in live.choices})
         if phase is Phase.FULL:
-            self._start(live)
+            self._start_when_filled(live)
         else:
             self._waiting.append(live)
             self._admit()
 
     def _take_over(self, live: Live, choice: Choice, outputs: tuple[int, ...]) -> None:
         """These are all its outputs so far; if they have ended it, say so instead of running it."""
-        choice.forced = outputs[live.num_folded :]
+        choice.forced, choice.outputs = outputs[live.num_folded :], list(outputs)
         ended = end_of(live, outputs, self._model)
         if ended is not None and not choice.closed:
             self._finishes.append(Finish(choice.handle, ended[0], len(outputs), ended[1]))
@@ -128,31 +144,40 @@ class VllmEngine:
             num_blocks = -(-live.num_context_tokens // self._layout.block_tokens)
             room = self._staging.allocate(num_blocks, 1 if live.phase is Phase.PREFILL else len(live.choices))
             if room is None:
+                if self._fills.give_way():
+                    continue
                 return
             self._waiting.popleft()
             live.blocks, slots = room
-            for choice, slot in zip(live.choices, slots, strict=False):
-                choice.slot = slot
             if live.phase is Phase.PREFILL:
-                self._exporting[live] = None
-                self._start(live)
+                live.choices[0].save_slot = slots[0]
+                self._exports.begin(live)
+                self._start_when_filled(live)
+                continue
+            for choice, slot in zip(live.choices, slots, strict=True):
+                choice.load_slot = slot
+
+    def _start_when_filled(self, live: Live) -> None:
+        if self._fills.is_open(live.handle):
+            self._filling[live.handle] = live
+        else:
+            self._start(live)
 
     def _start(self, live: Live) -> None:
         """Give vLLM the choices that are open; the transfers of the others end here."""
         for choice in live.choices:
             if choice.closed and not live.carries_export(choice):
-                self._drop_slot(choice)
+                self._drop_slots(choice)
             else:
                 self._submit_job(live, choice)
+        live.num_fetched_tokens = self._fills.close(live.handle) * self._layout.block_tokens
 
     def _submit_job(self, live: Live, choice: Choice) -> None:
         from pdserve.engine.vllm.driver import Job
         from pdserve.engine.vllm.sampling import choice_params
 
-        request, transfer = live.request, None
-        if choice.slot is not None:
-            generations = self._memory.generations[live.blocks].tolist()
-            transfer = live.transfer(choice.slot, generations, self._settings.verify_loads)
+        request = live.request
+        transfer = {"load": self._load_of(live, choice), "save": self._save_of(live, choice)}
         room = self._model.max_model_len - len(live.vllm_prompt)
         most = min(room, (request.params.max_tokens or self._model.max_model_len) - live.num_folded)
         max_tokens = len(choice.forced) + 1 if live.phase is Phase.PREFILL else most
@@ -160,12 +185,52 @@ class VllmEngine:
         choice.job = Job(
             request_id=f"{request.request_id}-{choice.number}-{self._num_jobs}",
             prompt=live.vllm_prompt,
-            params=choice_params(request, choice.number, max_tokens, choice.forced, transfer),
+            params=choice_params(request, choice.number, max_tokens, choice.forced, {PARAMS_KEY: transfer}),
             cache_salt=request.cache_root.hex(),
             priority=request.priority,
         )
         self._jobs[choice.job] = (live, choice)
         self._driver.submit(choice.job)
+
+    def _load_of(self, live: Live, choice: Choice) -> dict[str, Any] | None:
+        """What the connector is told to load: all that was handed over, or the prefix that is staged."""
+        if live.phase is Phase.DECODE:
+            assert choice.load_slot is not None, "a DECODE request was given slots with its blocks"
+            digests = [live.digests[index] for index in range(len(live.blocks))]
+            return self._load(choice.load_slot, live.blocks, live.num_context_tokens, digests)
+        if not self._settings.caches or not self._staging.num_free_slots:
+            return None
+        size = self._layout.block_tokens
+        blocks = self._staging.hold(live.keys(choice, len(live.vllm_prompt) // size, size))
+        if not blocks:
+            return None
+        _, (choice.load_slot,) = self._staging.allocate(0, 1) or ([], [])
+        self._staging.retire_blocks(blocks, [choice.load_slot])
+        return self._load(choice.load_slot, blocks, len(blocks) * size, self._staging.digests(blocks))
+
+    def _load(self, slot: int, blocks: list[int], num_tokens: int, digests: list[str]) -> dict[str, Any]:
+        return {
+            "slot": slot,
+            "blocks": list(blocks),
+            "generations": self._memory.generations[blocks].tolist(),
+            "num_tokens": num_tokens,
+            "digests": digests if self._settings.verify_loads else [],
+        }
+
+    def _save_of(self, live: Live, choice: Choice) -> dict[str, Any] | None:
+        """What the connector is told to save: a prompt for export, or for the store's sake what the store lacks."""
+        if live.phase is Phase.PREFILL:
+            if choice.save_slot is None:
+                return None
+            count = live.num_context_tokens
+            return {"slot": choice.save_slot, "first_block": 0, "blocks": list(live.blocks), "num_tokens": count}
+        if not self._settings.saves or not self._settings.caches:
+            return None
+        size, num_tokens = self._layout.block_tokens, live.num_context_tokens
+        first_block = num_tokens // size
+        if live.phase is Phase.FULL and choice.number == 0:
+            first_block = len(self._staging.books.lookup(live.keys(choice, first_block, size)))
+        return self._saves.begin(live, choice, first_block, num_tokens)
 
     def cancel(self, handle: int) -> None:
         live = self._live.get(handle)
@@ -190,9 +255,11 @@ class VllmEngine:
             self._live.pop(choice.handle, None)
             if choice.job is not None:
                 self._driver.abort(choice.job)
-        self._exporting.pop(live, None)
+        self._exports.drop(live)
         if live in self._waiting:
             self._waiting.remove(live)
+        self._filling.pop(live.handle, None)
+        self._fills.close(live.handle)
         self._free_blocks(live)
         self._admit()
 
@@ -200,24 +267,30 @@ class VllmEngine:
         slots = live.slots
         for choice in live.choices:
             if choice.job is None:
-                self._drop_slot(choice)
+                self._drop_slots(choice)
         announced = -(-live.num_exported // self._layout.block_tokens)
         for blocks in live.chunks.values():
             self._staging.retire_blocks(blocks)
         self._staging.retire_blocks(live.blocks[announced:], slots)
         live.blocks, live.chunks = [], {}
 
-    def _drop_slot(self, choice: Choice) -> None:
-        """End a transfer that vLLM knows nothing of (or has ended)."""
-        if choice.slot is not None:
-            self._board.end_all(choice.slot)
-            self._staging.retire_slot(choice.slot)
-            choice.slot = None
+    def _drop_slots(self, choice: Choice) -> None:
+        """End transfers that vLLM knows nothing of (or has ended)."""
+        for slot in choice.slots:
+            self._board.end_all(slot)
+        self._retire_slots(choice)
+
+    def _retire_slots(self, choice: Choice) -> None:
+        self._saves.end(choice)
+        for slot in choice.slots:
+            self._staging.retire_slot(slot)
+        choice.load_slot = choice.save_slot = None
 
     # A step
 
     def has_work(self) -> bool:
-        return bool(self._jobs or self._finishes or self._exporting or self._staging.retiring)
+        busy = self._jobs or self._finishes or self._exports or self._staging.retiring or self._news
+        return bool(busy or self._num_event_steps)
 
     def step(self) -> StepResult:
         """What came from vLLM since the last step. Raises `EngineFailed` when vLLM died."""
@@ -225,11 +298,20 @@ class VllmEngine:
         result.output.finishes, self._finishes = self._finishes, []
         for event in self._driver.take(0.0 if result.output.finishes else POLL_S):
             self._handle(event, result)
-        for live in list(self._exporting):
-            self._announce(live, result)
+        result.exports += self._exports.step()
+        self._saves.step(room=not self._waiting)
+        self._follow_events()
         self._staging.collect()
         self._admit()
+        self._news.flush(result)
         return result
+
+    def _follow_events(self) -> None:
+        if self._jobs and self._events is not None:
+            self._num_event_steps = EVENT_STEPS
+        elif self._num_event_steps:
+            self._num_event_steps -= 1
+        self._news.follow()
 
     def _handle(self, event: Event, result: StepResult) -> None:
         live, choice = self._jobs[event.job]
@@ -252,7 +334,7 @@ class VllmEngine:
             read_tokens(live, choice, completion, result.output)
         self._tell_prompt(live, result)
         if completion.finish_reason is not None and not choice.closed:
-            ending = Ending.RUNNING if choice.slot is None else self._board.ending(choice.slot)
+            ending = Ending.RUNNING if choice.load_slot is None else self._board.ending(choice.load_slot)
             self._finish(choice, finish_of(live, choice, completion, self._model, ending), result)
 
     def _tell_prompt(self, live: Live, result: StepResult) -> None:
@@ -262,7 +344,9 @@ class VllmEngine:
         if all(choice.closed or choice.num_seen > len(choice.forced) for choice in live.choices):
             live.prompt_told = True
             prompt = live.request.prompt_token_ids
-            result.output.prompts.append(PromptStats(live.handle, len(prompt), live.num_cached_tokens or 0))
+            cached = live.num_cached_tokens or 0
+            fetched = min(live.num_fetched_tokens, cached)
+            result.output.prompts.append(PromptStats(live.handle, len(prompt), cached, fetched))
 
     @staticmethod
     def _finish(choice: Choice, finish: Finish | None, result: StepResult) -> None:
@@ -273,37 +357,26 @@ class VllmEngine:
     def _job_ended(self, live: Live, choice: Choice, event: Event) -> None:
         del self._jobs[event.job]
         choice.job = None
-        if choice.slot is not None and event.reached_vllm:
-            self._staging.retire_slot(choice.slot)
-            choice.slot = None
+        if event.reached_vllm:
+            self._retire_slots(choice)
         else:
-            self._drop_slot(choice)
+            self._drop_slots(choice)
         self._drop_if_done(live)
 
     def _drop_if_done(self, live: Live) -> None:
         """FULL and DECODE end with their last choice; PREFILL when its blocks are released as well."""
-        exports = live.phase is Phase.PREFILL and (live in self._exporting or live.chunks)
+        exports = live.phase is Phase.PREFILL and (live in self._exports or live.chunks)
         if live.handle in self._live and not live.has_jobs and not exports and not live.blocks:
             for choice in live.choices:
                 self._live.pop(choice.handle, None)
 
-    def _announce(self, live: Live, result: StepResult) -> None:
-        """Tell of the blocks that the connector has filled since the last look."""
-        slot = live.choices[0].slot
-        assert slot is not None, "an export keeps its slot until its last chunk is announced"
-        chunk = live.next_chunk(self._board.num_tokens(slot), self._layout.block_tokens, self._memory.generations)
-        if chunk is not None:
-            result.exports.append(chunk)
-            if chunk.final:
-                del self._exporting[live]
-                live.blocks = []
-
     def _export_ended(self, live: Live, result: StepResult) -> None:
         """vLLM is through with the request that carries the export. What it has not saved by now never comes."""
-        if live in self._exporting:
-            self._announce(live, result)
-        if live in self._exporting:
-            del self._exporting[live]
+        chunk = self._exports.announce(live)
+        if chunk is not None:
+            result.exports.append(chunk)
+        if live in self._exports:
+            self._exports.drop(live)
             for choice in live.choices:
                 lost = EngineFailed("vLLM ended the prefill before all of its KV was saved")
                 self._finish(choice, failed(choice, choice.num_seen, lost), result)
@@ -315,7 +388,7 @@ class VllmEngine:
         if live is None or live.handle != handle or live.phase is not Phase.PREFILL:
             return
         if chunk_index is None:
-            self._exporting.pop(live, None)
+            self._exports.drop(live)
             self._free_blocks(live)
         else:
             self._staging.retire_blocks(live.chunks.pop(chunk_index, []))
@@ -342,6 +415,8 @@ class VllmEngine:
         for choice, outputs, ended in zip(live.choices, output_token_ids, finished, strict=True):
             choice.closed |= ended
             self._take_over(live, choice, (*live.prior(choice.number), *outputs))
+        if self._settings.caches:
+            publish_context(self._staging, self._news, live, 0, live.num_context_tokens)
         slots = live.slots
         self._start(live)
         self._staging.retire_blocks(live.blocks, slots)
@@ -371,9 +446,50 @@ class VllmEngine:
             prefix_cache_hits=stats.prefix_hits,
         )
 
+    # Prefix cache
+
+    def cache_open(self, handle: int, keys: Sequence[bytes], first_block: int = 0) -> ImportTarget | None:
+        return self._fills.open(handle, keys, first_block) if self._settings.caches and not self._waiting else None
+
+    def cache_commit(self, handle: int, num_blocks: int) -> None:
+        self._fills.commit(handle, num_blocks)
+        self._fill_ended(handle)
+
+    def cache_drop(self, handle: int) -> None:
+        self._fills.close(handle, open_too=True)
+        self._fill_ended(handle)
+
+    def _fill_ended(self, handle: int) -> None:
+        live = self._filling.pop(handle, None)
+        if live is not None:
+            self._start(live)
+        elif handle not in self._live:
+            return
+        self._admit()
+
+    def cache_lend(self, keys: Sequence[bytes]) -> tuple[int, ...] | None:
+        return tuple(self._staging.hold(keys)) or None
+
+    def cache_return(self, blocks: Sequence[int]) -> None:
+        self._staging.retire_blocks(blocks)
+        self._admit()
+
+    def cached_keys(self) -> list[bytes]:
+        """Every key that vLLM's cache or staging can find."""
+        return self._news.keys()
+
+    def check_integrity(self) -> None:
+        """Raises `AssertionError` if the books of the staging area do not add up."""
+        lives = set(self._live.values())
+        chunks = (blocks for live in lives for blocks in live.chunks.values())
+        own = (live.blocks[-(-live.num_exported // self._layout.block_tokens) :] for live in lives)
+        self._staging.check_integrity([*chunks, *own, *self._saves.holders(), *self._fills.holders()])
+
     def close(self) -> None:
         self._driver.close()
         self._board.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def _check_supported(request: Request) -> None:

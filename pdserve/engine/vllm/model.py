@@ -6,12 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import KVEventsConfig, KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 
 from pdserve.engine.vllm.convert import model_folder
 from pdserve.engine.vllm.layouts import KVShape, fits_window, kv_shape
+from pdserve.engine.vllm.news import CacheEvents
 from pdserve.engine.vllm.settings import VllmSettings
 from pdserve.errors import ConfigError
 from pdserve.models import ResolvedModel, resolve
@@ -86,16 +87,39 @@ def _model_config(args: AsyncEngineArgs, settings: VllmSettings) -> Any:
         raise ConfigError(f"vLLM cannot take model {settings.model!r}: {error}", key="model") from error
 
 
-def finish_config(plan: ModelPlan, settings: VllmSettings, connector: dict[str, Any]) -> VllmConfig:
-    """vLLM's config with our connector (told `connector`) and our logits processor in it."""
-    plan.args.kv_transfer_config = KVTransferConfig(
-        kv_connector="PdserveConnector",
-        kv_connector_module_path="kvstore.vllm_connector",
+def finish_config(
+    plan: ModelPlan, settings: VllmSettings, connector: dict[str, Any], events: CacheEvents | None
+) -> VllmConfig:
+    """vLLM's config with our connector (told `connector`), beside another one if the user has one, and with its events
+    for us. Raises `ConfigError` for what vLLM won't take together."""
+    plan.args.kv_transfer_config = _transfer_config(settings, connector)
+    if events is not None:
+        plan.args.kv_events_config = KVEventsConfig(**events.vllm_config)
+    try:
+        return plan.args.create_engine_config()
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"vLLM cannot take this configuration: {error}", key="vllm") from error
+
+
+def _transfer_config(settings: VllmSettings, connector: dict[str, Any]) -> KVTransferConfig:
+    """Ours alone, or first in a `MultiConnector`: vLLM loads from the first that has tokens, and saves to all."""
+    ours = {
+        "kv_connector": "PdserveConnector",
+        "kv_connector_module_path": "kvstore.vllm_connector.connector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": connector,
+    }
+    policy, users = settings.load_failure, settings.engine_args.get("kv_transfer_config")
+    if users is None:
+        return KVTransferConfig(**ours, kv_load_failure_policy=policy)
+    several = users["kv_connector"] == "MultiConnector"
+    others = users["kv_connector_extra_config"]["connectors"] if several else [users]
+    return KVTransferConfig(
+        kv_connector="MultiConnector",
         kv_role="kv_both",
-        kv_load_failure_policy=settings.load_failure,
-        kv_connector_extra_config=connector,
+        kv_load_failure_policy=policy,
+        kv_connector_extra_config={"connectors": [ours, *others]},
     )
-    return plan.args.create_engine_config()
 
 
 def _engine_args(settings: VllmSettings, resolved: ResolvedModel) -> AsyncEngineArgs:

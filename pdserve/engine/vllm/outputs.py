@@ -40,6 +40,7 @@ def read_tokens(live: Live, choice: Choice, completion: Any, output: StepOutput)
         if choice.num_seen >= len(choice.forced):
             index = live.num_folded + choice.num_seen
             output.add(choice.handle, index, token_id)
+            choice.outputs.append(token_id)
             if completion.logprobs:
                 output.logprobs.append(_logprobs(live, choice, index, token_id, completion.logprobs[position]))
         choice.num_seen += 1

@@ -8,18 +8,24 @@ no penalty, no grammar) may a migrated request's outputs be *folded* into its pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pdserve.block_keys import KEY_BYTES, next_key
 from pdserve.engine.base import ExportedChunk
 from pdserve.errors import HandoverError
 from pdserve.types import Phase, Request
 
 if TYPE_CHECKING:
     from pdserve.engine.vllm.driver import Job
+
+
+PARAMS_KEY = "pdserve"
+"""Our part of vLLM's `kv_transfer_params`; other connectors beside ours have their own."""
 
 
 @dataclass(slots=True, eq=False)
@@ -30,14 +36,24 @@ class Choice:
     handle: int
     forced: tuple[int, ...] = ()
     """Outputs that vLLM is made to repeat."""
+    outputs: list[int] = field(default_factory=list)
+    """All of its outputs that are known, prior ones included."""
+    keys: list[bytes] = field(default_factory=list)
+    """Of its full blocks, as far as they were asked for."""
     job: Job | None = None
     """Its vLLM request, while that runs."""
-    slot: int | None = None
-    """Its transfer on the board."""
+    load_slot: int | None = None
+    """On the board: what vLLM loads for it."""
+    save_slot: int | None = None
+    """On the board: what vLLM saves of it."""
     num_seen: int = 0
     """Tokens that came from vLLM, forced ones included."""
     closed: bool = False
     """Nothing more is to be told about it."""
+
+    @property
+    def slots(self) -> list[int]:
+        return [slot for slot in (self.load_slot, self.save_slot) if slot is not None]
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +75,8 @@ class Live:
     """PREFILL: blocks of announced chunks that were not released."""
     num_cached_tokens: int | None = None
     """As the first choice found its prompt."""
+    num_fetched_tokens: int = 0
+    """Brought from a store for it."""
     prompt_told: bool = False
 
     def __post_init__(self) -> None:
@@ -73,6 +91,27 @@ class Live:
     def num_folded(self) -> int:
         """Prior outputs that go into vLLM's prompt instead of being forced."""
         return len(self.prior(0)) if len(self.choices) == 1 and _blind_to_outputs(self.request) else 0
+
+    def num_tokens(self, choice: Choice) -> int:
+        """Known tokens of a choice: prompt and outputs."""
+        return len(self.request.prompt_token_ids) + len(choice.outputs)
+
+    def keys(self, choice: Choice, num_blocks: int, block_tokens: int) -> list[bytes]:
+        """Keys of a choice's first blocks, as many of them as its known tokens fill."""
+        if not choice.keys:
+            packed = self.request.block_keys
+            choice.keys = [packed[i : i + KEY_BYTES] for i in range(0, len(packed), KEY_BYTES)]
+        num_blocks = min(num_blocks, self.num_tokens(choice) // block_tokens)
+        for index in range(len(choice.keys), num_blocks):
+            parent = choice.keys[-1] if choice.keys else self.request.cache_root
+            choice.keys.append(next_key(parent, self._tokens(choice, index * block_tokens, block_tokens)))
+        return choice.keys[:num_blocks]
+
+    def _tokens(self, choice: Choice, first: int, count: int) -> Sequence[int]:
+        prompt = self.request.prompt_token_ids
+        start = max(first - len(prompt), 0)
+        stop = max(first + count - len(prompt), 0)
+        return (*prompt[first : first + count], *choice.outputs[start:stop])
 
     def prior(self, choice: int) -> tuple[int, ...]:
         return self.request.output_token_ids[choice] if self.request.output_token_ids else ()
@@ -91,7 +130,8 @@ class Live:
 
     @property
     def slots(self) -> list[int]:
-        return [choice.slot for choice in self.choices if choice.slot is not None]
+        """Of every transfer of its."""
+        return [slot for choice in self.choices for slot in choice.slots]
 
     def carries_export(self, choice: Choice) -> bool:
         """The first choice's vLLM request is the one whose prompt is saved: it must run even if nobody wants its
@@ -124,18 +164,6 @@ class Live:
         self.num_chunks += 1
         self.num_exported = num_saved
         return chunk
-
-    def transfer(self, slot: int, generations: list[int], verify: bool) -> dict[str, Any]:
-        """What the connector is told (`kvstore.vllm_connector.Transfer`)."""
-        loads = self.phase is Phase.DECODE
-        return {
-            "slot": slot,
-            "blocks": self.blocks,
-            "generations": generations,
-            "num_tokens": self.num_context_tokens,
-            "loads": loads,
-            "digests": [self.digests[index] for index in range(len(self.blocks))] if loads and verify else [],
-        }
 
 
 def _blind_to_outputs(request: Request) -> bool:

@@ -18,7 +18,6 @@ LoadFailurePolicy = Literal["recompute", "fail"]
 OWNED_ARGUMENTS: Mapping[str, str] = {
     "model": "set `model` of the worker",
     "served_model_name": "set `model_name` of the worker",
-    "kv_transfer_config": "KV moves through pdserve's own connector",
     "logits_processors": "the one that forces the outputs sampled at prefill is loaded there",
     "disable_log_stats": "the worker's load report is made from vLLM's statistics",
     "skip_tokenizer_init": "grammars and EOS come from the tokenizer",
@@ -30,6 +29,8 @@ OWNED_ARGUMENTS: Mapping[str, str] = {
     "pipeline_parallel_size": "the hand-over knows no pipeline stages yet",
     "data_parallel_size": "start one worker a replica: pdserve balances between workers",
     "kv_cache_dtype": "blocks are handed over in the model's dtype",
+    "decode_context_parallel_size": "a block's tokens would lie on several ranks",
+    "prefill_context_parallel_size": "a block's tokens would lie on several ranks",
 }
 """Engine argument -> why it is not the user's here."""
 
@@ -55,8 +56,16 @@ class VllmSettings:
     verify_loads: bool = True
     """Take a digest of each imported block when it is committed and check it when vLLM reads it: staging is written
     one-sidedly by peers, and what a late write left must not be decoded. 0.06 ms a MB."""
+    saves: bool = False
+    """Copy to staging, for a store, what is decoded where it was prefilled and what is generated. What is handed
+    over goes there anyway."""
     engine_args: Mapping[str, Any] = field(default_factory=dict)
-    """vLLM's `AsyncEngineArgs`, verbatim."""
+    """vLLM's `AsyncEngineArgs`, verbatim; a `kv_transfer_config` names connectors that run beside pdserve's."""
+
+    @property
+    def caches(self) -> bool:
+        """Whether staging is a prefix cache: as vLLM's own."""
+        return self.engine_args.get("enable_prefix_caching") is not False
 
     def __post_init__(self) -> None:
         for key in self.engine_args:
@@ -66,6 +75,9 @@ class VllmSettings:
             raise ConfigError("block_tokens must be at least 1", key="block_tokens")
         if self.load_failure not in ("recompute", "fail"):
             raise ConfigError("kv_load_failure must be recompute or fail", key="kv_load_failure")
+        beside = self.engine_args.get("kv_transfer_config")
+        if beside is not None and not (isinstance(beside, Mapping) and "kv_connector" in beside):
+            raise ConfigError("give a mapping with kv_connector", key="vllm.kv_transfer_config")
         block = self.engine_args.get("block_size")
         if block is not None and block % self.block_tokens:
             raise ConfigError(
@@ -93,5 +105,6 @@ def settings_from_config(config: WorkerConfig) -> VllmSettings:
         staging_blocks=config.num_blocks,
         staging_bytes=config.kv_memory_bytes,
         load_failure="recompute" if config.kv_load_failure == "recompute" else "fail",
+        saves=bool(config.store),
         engine_args={**sizes, **config.vllm},
     )

@@ -1,18 +1,34 @@
-"""Who owns which block of the staging area, and which slot of the board.
+"""Who owns which block of the staging area, which of them can be found again by key, and who has which board slot.
 
-Blocks are given lowest number first, so that a request's blocks tend to lie side by side and move as one range. Giving
-a block raises its generation before anything is written: a peer that still reads the former owner's bytes notices.
-What vLLM may still touch is *retired*: it is given back once the transfers that touch it have ended.
+The books are those of the other engines (`core.blocks`): counts of holders, a free list that is the LRU list of a
+prefix cache at the same time, a new generation before a block's new owner writes. So staging is a second prefix cache
+beside vLLM's own: prompts that were handed over and blocks that a store brought stay in it until room is needed.
+
+What vLLM may still touch is *retired*: the hold on it ends once the transfers that touch it have ended. A load that
+found bad bytes takes the keys of its blocks, from the bad one on, along.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import xxhash
 
 from pdserve.engine.base import KVMemory
-from pdserve.engine.vllm.board import TransferBoard
+from pdserve.engine.core.blocks import BlockManager
+from pdserve.engine.vllm.board import Ending, TransferBoard
+
+
+class StagedBlocks(BlockManager):
+    """The books of the staging area."""
+
+    def lose(self, block: int) -> None:
+        """Its content is not what its key says; whoever holds it still does."""
+        self._forget(block)
+        if block in self._free:
+            self._free.move_to_end(block, last=False)
 
 
 @dataclass(slots=True)
@@ -21,24 +37,36 @@ class _Retired:
     slot: int | None
     waits_for: set[int]
     """Slots whose transfers have not been seen to end. Seen once is enough: the slot may be used again."""
+    first_bad: int | None = None
+    """Index of the first block that a load found bad."""
 
 
+@dataclass(slots=True)
 class StagingPool:
-    """Free lists of blocks and slots. One thread."""
+    """Blocks, slots and what is retired. One thread."""
 
-    def __init__(self, memory: KVMemory, board: TransferBoard) -> None:
-        self.memory, self.board = memory, board
-        self._blocks = list(range(len(memory.generations)))
-        self._slots = list(range(board.num_slots))
-        self._retired: list[_Retired] = []
+    memory: KVMemory
+    board: TransferBoard
+    block_tokens: int = 16
+    verify: bool = True
+    """Whether blocks that can be found carry a digest, to be checked when they are loaded."""
+    books: StagedBlocks = field(init=False)
+    _slots: list[int] = field(init=False)
+    _retired: list[_Retired] = field(default_factory=list)
+    _digests: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.books = StagedBlocks(self.memory.generations)
+        self._slots = list(range(self.board.num_slots))
 
     @property
     def num_blocks(self) -> int:
-        return len(self.memory.generations)
+        return self.books.num_blocks
 
     @property
     def num_free_blocks(self) -> int:
-        return len(self._blocks)
+        """Those that only the prefix cache wants included."""
+        return self.books.num_available
 
     @property
     def num_free_slots(self) -> int:
@@ -51,17 +79,40 @@ class StagingPool:
 
     def allocate(self, num_blocks: int, num_slots: int) -> tuple[list[int], list[int]] | None:
         """(blocks, slots), or None while there is no room for all of them."""
-        if num_blocks > len(self._blocks) or num_slots > len(self._slots):
+        if num_blocks > self.books.num_available or num_slots > len(self._slots):
             return None
-        blocks = [heapq.heappop(self._blocks) for _ in range(num_blocks)]
-        self.memory.generations[blocks] += 1
+        blocks = self.books.allocate(num_blocks) if num_blocks else []
         slots = [heapq.heappop(self._slots) for _ in range(num_slots)]
         for slot in slots:
             self.board.start(slot)
         return blocks, slots
 
+    # The prefix cache
+
+    def publish(self, block: int, key: bytes, digest: str | None = None) -> int:
+        """The block is whole: it can be found from now on. The block under the key, which may be an earlier one."""
+        known = self.books.find(key)
+        if known is not None:
+            return known
+        self.books.publish(block, key)
+        if self.verify:
+            self._digests[block] = digest or xxhash.xxh3_128_hexdigest(self.memory.blocks[block])
+        return block
+
+    def hold(self, keys: Iterable[bytes]) -> list[int]:
+        """The longest prefix of the chain that is staged, with one more holder."""
+        found = self.books.lookup(keys)
+        self.books.acquire(found)
+        return found
+
+    def digests(self, blocks: Iterable[int]) -> list[str]:
+        """Of published blocks; empty where none is to be checked."""
+        return [self._digests.get(block, "") if self.verify else "" for block in blocks]
+
+    # Giving back
+
     def retire_blocks(self, blocks: Iterable[int], slots: Iterable[int] = ()) -> None:
-        """Give blocks back as soon as the transfers of these slots have ended: now, or at a `collect`."""
+        """One holder less as soon as the transfers of these slots have ended: now, or at a `collect`."""
         self._retire(_Retired(list(blocks), None, set(slots)))
 
     def retire_slot(self, slot: int) -> None:
@@ -77,18 +128,26 @@ class StagingPool:
         ended = [entry for entry in self._retired if self._has_ended(entry)]
         for entry in ended:
             self._retired.remove(entry)
-            for block in entry.blocks:
-                heapq.heappush(self._blocks, block)
+            for block in entry.blocks[entry.first_bad :] if entry.first_bad is not None else ():
+                self.books.lose(block)
+            self.books.free(entry.blocks)
             if entry.slot is not None:
                 heapq.heappush(self._slots, entry.slot)
 
     def _has_ended(self, entry: _Retired) -> bool:
-        entry.waits_for = {slot for slot in entry.waits_for if not self.board.ended(slot)}
+        for slot in [slot for slot in entry.waits_for if self.board.ended(slot)]:
+            entry.waits_for.discard(slot)
+            if self.board.ending(slot) in (Ending.STALE, Ending.CORRUPT):
+                bad = self.board.num_tokens(slot) // self.block_tokens
+                entry.first_bad = bad if entry.first_bad is None else min(bad, entry.first_bad)
         return not entry.waits_for
 
-    def check_integrity(self) -> None:
-        """Raises `AssertionError` if a block or slot is free twice, or free and retired."""
-        blocks = self._blocks + [block for entry in self._retired for block in entry.blocks]
+    def check_integrity(self, holders: Iterable[Sequence[int]] = ()) -> None:
+        """`holders`: the blocks of every owner. Raises `AssertionError` if the books are not theirs, or a slot is
+        free twice, or free and retired."""
+        self.books.check_integrity([*holders, *self._retired_blocks()])
         slots = self._slots + [entry.slot for entry in self._retired if entry.slot is not None]
-        assert len(blocks) == len(set(blocks)), "a block was given back twice"
         assert len(slots) == len(set(slots)), "a slot was given back twice"
+
+    def _retired_blocks(self) -> Iterator[Sequence[int]]:
+        return (entry.blocks for entry in self._retired)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pdserve.engine.base import KVMemory, KVMemoryFactory
 from pdserve.engine.vllm.settings import VllmSettings
-from pdserve.errors import ConfigError
+from pdserve.errors import ConfigError, EngineFailed, PdserveError
 from pdserve.types import KVLayout
 
 INSTALL_HINT = "pip install vllm (deploy/test-vllm.sh shows how on CPU)"
@@ -25,6 +25,15 @@ def import_vllm() -> tuple[Any, Any, Any]:
     except ImportError as error:
         raise ConfigError(f"engine vllm cannot be used here ({error}): {INSTALL_HINT}", key="engine") from error
     return plan_model, finish_config, VllmDriver
+
+
+def start_error(error: Exception, refusal: str) -> PdserveError:
+    """Why vLLM did not start. `refusal`: what our connector wrote on the board (key, message); vLLM itself tells only
+    that a process of its ended."""
+    if refusal:
+        key, _, message = refusal.partition("\n")
+        return ConfigError(message, key=key)
+    return EngineFailed(f"vLLM did not start: {error}")
 
 
 def make_memory(factory: KVMemoryFactory, settings: VllmSettings, layout: KVLayout, max_model_len: int) -> KVMemory:
