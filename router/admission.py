@@ -1,4 +1,5 @@
-"""Whether one more request may come in: a bound on those under way, and an honest `Retry-After` beyond it."""
+"""Whether one more request may come in: bounds on those under way and on those that wait, and an honest `Retry-After`
+beyond them."""
 
 from __future__ import annotations
 
@@ -12,22 +13,29 @@ FIRST_GUESS_S = 1.0
 
 
 class Admission:
-    """Counts the requests under way."""
+    """Counts the requests under way, waiting ones included."""
 
-    def __init__(self, max_inflight: int) -> None:
+    def __init__(self, max_inflight: int, max_waiting: int) -> None:
         self._max_inflight = max_inflight
+        self._max_waiting = max_waiting
         self._mean_duration_s = FIRST_GUESS_S
         self.num_inflight = 0
         self.draining = False
 
-    def enter(self) -> None:
-        """Raises `Draining` or `Overloaded`."""
+    def enter(self, num_waiting: int, queue_s: float) -> None:
+        """`num_waiting` stand in queues that take about `queue_s` to be placed. Raises `Draining` or `Overloaded`."""
         if self.draining:
             raise Draining("this router is going away; send the request to another one")
         if self.num_inflight >= self._max_inflight:
             raise Overloaded(
                 f"{self.num_inflight} requests are under way, the limit is {self._max_inflight}",
-                retry_after_s=self.retry_after_s,
+                retry_after_s=max(self.retry_after_s, queue_s),
+            )
+        if num_waiting >= self._max_waiting:
+            raise Overloaded(
+                f"{num_waiting} requests wait for a worker, the limit is {self._max_waiting}",
+                leg="queue",
+                retry_after_s=max(MIN_RETRY_AFTER_S, queue_s),
             )
         self.num_inflight += 1
 

@@ -11,26 +11,29 @@ import ssl
 import time
 import uuid
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
+from kvstore.index.index import KVIndex
+from kvstore.index.metrics import IndexCollector
 from pdserve.config import RouterConfig, TlsConfig
 from pdserve.errors import ConfigError, Draining
 from pdserve.metrics import RouterMetrics, render
-from pdserve.models import resolve
 from pdserve.rpc import RpcServer
-from pdserve.tokens import Tokenizer
 from pdserve.wire.session import RouterHello
+from router.breakers import BreakerRules
 from router.core import CoreOptions, RouterCore
 from router.discovery import Discovery, make_discovery
 from router.fleet import Fleet
 from router.grpc_face import InferenceFace
 from router.http.limits import HttpLimits
 from router.http.server import AccessRecord, HttpServer
+from router.model_setups import model_setups
+from router.models import PlacementOptions, maker
 from router.observer import count_workers
 from router.oip_face import OpenInferenceFace
+from router.prefixes import PrefixIndex
 from router.request import Timeouts
-from router.scheduling.scheduler import Scheduler, least_loaded
-from router.session import Link
+from router.stores import Stores
 
 STOP_GRACE_S = 1.0
 """For the last messages of ended calls to leave."""
@@ -50,15 +53,17 @@ class Router:
         self.registry = CollectorRegistry()
         self._config = config
         self._discovery = discovery or make_discovery(config)
-        self._metrics = RouterMetrics(self.registry)
+        ProcessCollector(registry=self.registry)
+        self._metrics = RouterMetrics(
+            self.registry, slo_ttft_s=config.slo.ttft_ms / 1000, slo_itl_s=config.slo.itl_ms / 1000
+        )
         self._changed = asyncio.Event()
         self._readiness: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Load the tokenizer, listen, connect. Raises `ConfigError`."""
+        """Load the tokenizers, listen, connect. Raises `ConfigError`."""
         config = self._config
-        resolved = await asyncio.to_thread(resolve, config.model)
-        tokenizer = await asyncio.to_thread(Tokenizer.load, resolved.path)
+        setups = await asyncio.to_thread(model_setups, config)
         hello = RouterHello(config.router_id or f"router-{uuid.uuid4().hex[:8]}", time.time_ns())
         self._fleet = Fleet(
             self._discovery,
@@ -68,12 +73,19 @@ class Router:
             on_change=self._on_change,
             on_lost=lambda link: self._metrics.worker_lost.labels(link.info.role.value).inc(),
         )
-        scheduler: Scheduler[Link] = Scheduler(least_loaded(hello.incarnation, config.block_tokens))
-        options = core_options(config, config.model_name or resolved.name)
-        self.core = RouterCore(options, tokenizer, self._fleet, scheduler, self._metrics)
+        self._prefixes = self._prefix_index()
+        make = maker(setups, placement_options(config, seed=hello.incarnation), self._metrics)
+        self.core = RouterCore(core_options(config), self._fleet, self._prefixes, make)
         await self._listen()
         self._fleet.start()
         self._readiness = asyncio.create_task(self._publish_readiness())
+
+    def _prefix_index(self) -> PrefixIndex:
+        loop = asyncio.get_running_loop()
+        index = KVIndex(max_entries=self._config.index_max_blocks, clock=loop.time)
+        self.registry.register(IndexCollector(index))
+        stores = Stores(index, self._config.worker_tls.rpc())
+        return PrefixIndex(index, stores, self._metrics, loop.time, loop.call_soon)
 
     async def _listen(self) -> None:
         config, version = self._config, importlib.metadata.version("pdserve")
@@ -134,22 +146,34 @@ class Router:
             await self._grpc.stop(STOP_GRACE_S)
         if hasattr(self, "_fleet"):
             await self._fleet.close()
+        if hasattr(self, "_prefixes"):
+            await self._prefixes.close()
 
 
-def core_options(config: RouterConfig, model: str) -> CoreOptions:
-    """Raises `ConfigError` for an alias of a model that is not served."""
-    for alias, target in config.aliases.items():
-        if target != model:
-            raise ConfigError(f"aliases: {alias!r} means {target!r}, but {model!r} is served", key=f"aliases.{alias}")
+def core_options(config: RouterConfig) -> CoreOptions:
+    timeouts = Timeouts(
+        config.prefill_timeout_s, config.transfer_timeout_s, config.decode_timeout_s, config.queue_timeout_s
+    )
     return CoreOptions(
-        model=model,
-        aliases=config.aliases,
-        disaggregate=config.disaggregate == "always",
+        policy=config.policy,
+        max_inflight=config.max_inflight,
+        max_waiting=config.max_waiting,
+        max_retries=config.max_retries,
+        timeouts=timeouts,
+        num_records=config.records,
+    )
+
+
+def placement_options(config: RouterConfig, seed: int) -> PlacementOptions:
+    breaker = config.breaker
+    return PlacementOptions(
+        policy=config.policy,
+        disaggregate=config.disaggregate,
         block_tokens=config.block_tokens,
         secret=config.server_secret.encode() or os.urandom(32),
-        max_inflight=config.max_inflight,
-        timeouts=Timeouts(config.prefill_timeout_s, config.transfer_timeout_s, config.decode_timeout_s),
-        num_records=config.records,
+        breaker=BreakerRules(breaker.failures, breaker.slow_ms / 1000, breaker.rest_s),
+        ttft_slo_s=config.slo.ttft_ms / 1000 if config.slo.enforce else None,
+        seed=seed,
     )
 
 

@@ -6,6 +6,7 @@ strings, and tells the sink. Hot path: `Choice.take` runs once a token of every 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -45,6 +46,7 @@ class Choice:
     __slots__ = (
         "_detokenizer",
         "_early",
+        "_keep",
         "_late_finish",
         "_options",
         "_owner",
@@ -56,6 +58,7 @@ class Choice:
         "index",
         "num_tokens",
         "reason",
+        "token_ids",
     )
 
     def __init__(
@@ -65,6 +68,9 @@ class Choice:
         self.num_tokens = 0
         self.ended = False
         self.reason: FinishReason | None = None
+        self.token_ids = array("I")
+        """All so far: another worker goes on behind them if this one's is lost."""
+        self._keep = self.token_ids.append
         self._detokenizer = detokenizer
         self._push = detokenizer.push
         self._options = options
@@ -80,9 +86,16 @@ class Choice:
     ) -> None:
         if finish is None and self._plain and first_index == self.num_tokens and len(token_ids) == 1:
             self.num_tokens = first_index + 1
+            self._keep(token_ids[0])
             self._sink.on_tokens(self.index, self._push(token_ids[0]), token_ids, logprobs)
             return
         self._take_any(first_index, token_ids, logprobs, finish)
+
+    def rewind(self) -> None:
+        """The worker is lost: what it sent too early will come again."""
+        self._early.clear()
+        self._late_finish = None
+        self._plain = self._stops is None and not self.ended
 
     def end(self, finish: Finish) -> None:
         if self.ended:
@@ -146,6 +159,7 @@ class Choice:
         ):
             shown = token_ids[:-1]
         self.num_tokens += len(token_ids)
+        self.token_ids.extend(token_ids)
         text = self._detokenizer.push_all(shown)
         if finish is not None:
             text += self._detokenizer.flush()

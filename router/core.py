@@ -1,4 +1,4 @@
-"""The router's core: what every face calls. Tokenise, admit, place, submit; the rest happens in callbacks.
+"""The router's core: what every face calls. Tokenise, admit, place; the rest happens in callbacks.
 
 Implements `router.base.Core`. One event loop, no task for a request.
 """
@@ -8,103 +8,95 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
-from pdserve.errors import InvalidRequest, ModelNotFound, NoWorker, PdserveError
-from pdserve.metrics import RouterMetrics
-from pdserve.tokens import Tokenizer
-from pdserve.types import ModelInfo, Request, Role
+from pdserve.errors import InvalidRequest, ModelNotFound, Overloaded, PdserveError
+from pdserve.types import ModelInfo, Request
 from router.admission import Admission
 from router.base import Incoming, Sink
 from router.catalog import Catalog, Record
 from router.choice import TextOptions
 from router.deadlines import Deadlines
 from router.fleet import Fleet
-from router.observer import Observer
-from router.prompts import Bounds, PromptMaker
-from router.request import ActiveRequest, Surroundings, Timeouts
-from router.scheduling.base import Need
-from router.scheduling.scheduler import Placed, Scheduler
-from router.session import Link
+from router.prefixes import PrefixIndex
+from router.request import ActiveRequest, Placing, Surroundings, Timeouts
+from router.served import ServedModel
 
 MAX_ID_CHARS = 256
+TICK_S = 1.0
+"""Leases of the index, ages of guesses, rests of breakers: none of them is finer than seconds."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class CoreOptions:
-    """`model` is the name that workers serve; `aliases` are further names for it."""
+    """`max_waiting`: requests that may stand in queues; `max_retries`: placements of a request after the first."""
 
-    model: str
-    aliases: dict[str, str]
-    disaggregate: bool
-    block_tokens: int
-    secret: bytes
+    policy: str
     max_inflight: int
+    max_waiting: int
+    max_retries: int
     timeouts: Timeouts
     num_records: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What one state of the fleet means. `bounds` None: nobody has the model; `not_servable`: why it can't be used."""
-
-    version: int
-    bounds: Bounds | None
-    models: tuple[ModelInfo, ...]
-    not_servable: str | None
+MakeModels = Callable[["RouterCore"], Sequence[ServedModel]]
 
 
 class RouterCore:
-    """Made on the loop that it runs on."""
+    """Made on the loop that it runs on. `make_models` is called once, with the core; see `router.models`."""
 
-    def __init__(
-        self,
-        options: CoreOptions,
-        tokenizer: Tokenizer,
-        fleet: Fleet,
-        scheduler: Scheduler[Link],
-        metrics: RouterMetrics,
-    ) -> None:
-        loop = asyncio.get_running_loop()
+    def __init__(self, options: CoreOptions, fleet: Fleet, prefixes: PrefixIndex, make_models: MakeModels) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.fleet = fleet
+        self.prefixes = prefixes
+        self.options = options
         self.catalog = Catalog(options.num_records)
-        self.admission = Admission(options.max_inflight)
-        self._options = options
-        self._tokenizer = tokenizer
-        self._fleet = fleet
-        self._scheduler = scheduler
-        self._observer = Observer(metrics, options.model, lambda: self.admission.num_inflight)
-        self._prompts = PromptMaker(tokenizer, options.block_tokens, options.secret)
+        self.admission = Admission(options.max_inflight, options.max_waiting)
         self._active: dict[str, ActiveRequest] = {}
-        self._deadlines = Deadlines(loop)
-        self._around = Surroundings(loop, self._deadlines, options.timeouts, self._on_end)
+        self._deadlines = Deadlines(self.loop)
         self._idle = asyncio.Event()
         self._idle.set()
-        self._known = _Known(-1, None, (), None)
+        self.served = tuple(make_models(self))
+        self._by_name: Mapping[str, ServedModel] = {name: each for each in self.served for name in each.names}
+        fleet.subscribe(self._on_fleet)
+        self._on_fleet()
+        self._ticking = self.loop.call_later(TICK_S, self._tick)
+
+    def surroundings(self, placing: Placing) -> Surroundings:
+        """What the requests of one model share."""
+        options = self.options
+        return Surroundings(self.loop, self._deadlines, options.timeouts, placing, self._on_end, options.max_retries)
 
     # ---- Core ----
 
     def submit(self, incoming: Incoming, sink: Sink) -> ActiveRequest:
-        arrived = self._around.loop.time()
+        arrived = self.loop.time()
+        served = self._by_name.get(incoming.model)
         try:
-            return self._submit(incoming, sink, arrived)
+            if served is None:
+                raise self._no_such_model(incoming.model)
+            return self._submit(served, incoming, sink, arrived)
         except PdserveError as error:
-            self._observer.refused(error)
+            (served or self.served[0]).observer.refused(error)
             raise
 
     def models(self) -> Sequence[ModelInfo]:
-        return self._now().models
+        return [info for served in self.served for info in served.infos()]
 
     def token_text(self, model: str, token_id: int) -> tuple[str, bytes]:
-        return self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id)
+        tokenizer = self._by_name[model].tokenizer
+        return tokenizer.token_text(token_id), tokenizer.token_bytes(token_id)
 
     def ready(self) -> str | None:
+        """One model that can be served is enough: the others' requests are refused by name."""
         if self.admission.draining:
             return "draining"
-        return self._now().not_servable
+        reasons = [served.why_not() for served in self.served]
+        return None if None in reasons else "; ".join(reason for reason in reasons if reason)
 
     def record(self, request_id: str) -> dict[str, object] | None:
         found = self.catalog.find(request_id)
@@ -126,27 +118,40 @@ class RouterCore:
         for active in list(self._active.values()):
             active.fail(error)
         self._deadlines.close()
+        self._ticking.cancel()
+        for served in self.served:
+            served.placer.close()
 
     # ---- a request's beginning ----
 
-    def _submit(self, incoming: Incoming, sink: Sink, arrived: float) -> ActiveRequest:
-        bounds = self._bounds(incoming.model)
+    def _submit(self, served: ServedModel, incoming: Incoming, sink: Sink, arrived: float) -> ActiveRequest:
+        bounds = served.bounds()
         self._check_id(incoming.request_id)
-        self.admission.enter()
+        self._admit(served, incoming.priority)
         try:
-            request = self._prompts.request(incoming, bounds)
-            tokenised_s = self._around.loop.time() - arrived
-            placed = self._place(request)
-            active = self._active_request(incoming, request, sink, placed, arrived)
-            active.record.tokenised_s = tokenised_s
-            self._start(active, placed)
+            request = served.prompts.request(incoming, bounds)
+            active = self._active_request(served, incoming, request, sink, arrived)
+            active.record.tokenised_s = self.loop.time() - arrived
+            served.placer.place(active)
         except BaseException:
             self.admission.num_inflight -= 1
             raise
         self._active[request.request_id] = active
         self._idle.clear()
-        self._observer.admitted(active.record)
+        served.observer.admitted(active.record)
         return active
+
+    def _admit(self, served: ServedModel, priority: int) -> None:
+        """A full queue gives up its least important request for a more important one."""
+        waiting = sum([each.placer.num_waiting for each in self.served])
+        if waiting >= self.options.max_waiting and (least := served.placer.least_important(priority)) is not None:
+            message = "a more important request took its place in the queue"
+            least.fail(Overloaded(message, leg="queue", retry_after_s=self._retry_after_s(served)))
+            waiting -= 1
+        self.admission.enter(waiting, self._retry_after_s(served) if waiting else 0.0)
+
+    def _retry_after_s(self, served: ServedModel) -> float:
+        return max(self.admission.retry_after_s, served.placer.wait_s())
 
     def _check_id(self, request_id: str) -> None:
         if not 0 < len(request_id) <= MAX_ID_CHARS:
@@ -154,81 +159,40 @@ class RouterCore:
         if request_id in self._active:
             raise InvalidRequest(f"request_id {request_id!r} is in use", param="request_id")
 
-    def _canonical(self, name: str) -> str | None:
-        """The served model that a client's name means."""
-        name = self._options.aliases.get(name, name)
-        return name if name == self._options.model else None
-
-    def _bounds(self, name: str) -> Bounds:
-        """Raises `ModelNotFound` for a name nobody ever serves here, `NoWorker` while nobody does."""
-        canonical = self._canonical(name)
-        if canonical is None:
-            raise ModelNotFound(
-                f"the model {name!r} does not exist; this router serves {self._options.model!r}", param="model"
-            )
-        bounds = self._now().bounds
-        if bounds is None:
-            raise self._nobody_has(canonical)
-        return bounds
-
-    def _nobody_has(self, model: str) -> NoWorker:
-        """Says what the workers do serve: a name that differs between configs is the usual cause."""
-        others = sorted({link.info.model.name for link in self._fleet.links})
-        served = f"; the connected ones serve {', '.join(others)}" if others else ""
-        return NoWorker(f"no worker for {model} is connected{served}", leg="router", retry_after_s=1.0)
-
-    def _place(self, request: Request) -> Placed[Link]:
-        """One token is prefill's alone: a decode worker would have nothing to do."""
-        max_tokens = request.params.max_tokens or 0
-        alone = not self._options.disaggregate or max_tokens == 1
-        role = Role.PREFILL if alone and self._options.disaggregate else Role.DECODE
-        need = Need(role, request.model, len(request.prompt_token_ids), max_tokens)
-        place = self._scheduler.place_one if alone else self._scheduler.place_pair
-        return place(self._fleet.links, self._fleet.version, need)
+    def _no_such_model(self, name: str) -> ModelNotFound:
+        names = ", ".join(repr(served.name) for served in self.served)
+        return ModelNotFound(f"the model {name!r} does not exist; this router serves {names}", param="model")
 
     def _active_request(
-        self, incoming: Incoming, request: Request, sink: Sink, placed: Placed[Link], arrived: float
+        self, served: ServedModel, incoming: Incoming, request: Request, sink: Sink, arrived: float
     ) -> ActiveRequest:
         return ActiveRequest(
             request,
             sink,
-            partial(self._tokenizer.detokenizer, skip_special_tokens=incoming.skip_special_tokens),
+            partial(served.tokenizer.detokenizer, skip_special_tokens=incoming.skip_special_tokens),
             TextOptions.of(request.params, incoming.include_stop_str_in_output),
-            self._record(incoming, request, placed),
-            self._around,
+            self._record(served, incoming, request),
+            served.around,
             arrived,
         )
 
-    def _record(self, incoming: Incoming, request: Request, placed: Placed[Link]) -> Record:
-        record = Record(request.request_id, request.model, "", time.time(), picks=placed.picks)
+    def _record(self, served: ServedModel, incoming: Incoming, request: Request) -> Record:
+        record = Record(request.request_id, request.model, served.bounds().model.revision, time.time())
+        record.policy = self.options.policy
         record.num_prompt_tokens = len(request.prompt_token_ids)
         record.num_choices = request.params.n
+        record.priority = request.priority
         record.seed = request.params.seed
         record.seed_was_drawn = incoming.params.seed is None
-        if placed.prefill is not None:
-            info = placed.prefill.info
-            record.revision = info.model.revision
-            record.prefill_worker, record.prefill_incarnation = info.worker_id, info.incarnation
-        if placed.decode is not None:
-            info = placed.decode.info
-            record.revision = info.model.revision
-            record.decode_worker, record.decode_incarnation = info.worker_id, info.incarnation
         return record
-
-    def _start(self, active: ActiveRequest, placed: Placed[Link]) -> None:
-        if placed.prefill is not None and placed.decode is not None:
-            active.start_pair(placed.prefill, placed.decode)
-        elif placed.decode is not None:
-            active.start_alone(placed.decode, "decode")
-        elif placed.prefill is not None:
-            active.start_alone(placed.prefill, "prefill")
 
     # ---- and its end ----
 
     def _on_end(self, active: ActiveRequest) -> None:
-        self._active.pop(active.request_id, None)
+        if self._active.pop(active.request_id, None) is None:
+            return  # it never came in
         self.admission.leave(active.record.ended_s or 0.0)
-        self._observer.ended(active.record)
+        self._by_name[active.request.model].observer.ended(active.record)
         self.catalog.add(active.record)
         if active.error is not None:
             fields = {"request_id": active.request_id, "reason": active.error.reason, "leg": active.error.leg}
@@ -236,31 +200,15 @@ class RouterCore:
         if not self._active:
             self._idle.set()
 
-    # ---- what the fleet can serve, looked at again only when it has changed ----
+    # ---- what happens beside ----
 
-    def _now(self) -> _Known:
-        if self._known.version != self._fleet.version:
-            model = self._fleet.model(self._options.model)
-            bounds = None if model is None else self._bounds_of(model)
-            not_servable = self._why_not_servable()
-            names = (self._options.model, *self._options.aliases) if model is not None and not_servable is None else ()
-            listed = tuple(replace(model, name=name) for name in names) if model is not None else ()
-            self._known = _Known(self._fleet.version, bounds, listed, not_servable)
-        return self._known
+    def _on_fleet(self) -> None:
+        self.prefixes.follow(self.fleet.links)
+        for served in self.served:
+            served.placer.changed()
 
-    def _bounds_of(self, model: ModelInfo) -> Bounds:
-        rooms = [
-            link.info.num_blocks * link.info.block_tokens for link in self._fleet.of_model(model.name, Role.DECODE)
-        ]
-        return Bounds(model, min([model.max_model_len, max(rooms, default=model.max_model_len)]))
-
-    def _why_not_servable(self) -> str | None:
-        model = self._options.model
-        if not self._options.disaggregate:
-            return None if self._fleet.of_model(model, Role.DECODE) else f"no decode worker for {model} is ready"
-        if any(True for _ in self._fleet.pairs(model)):
-            return None
-        for role in Role:
-            if not self._fleet.of_model(model, role):
-                return f"no {role.value} worker for {model} is ready"
-        return f"no prefill and decode worker for {model} have the same KV layout"
+    def _tick(self) -> None:
+        self._ticking = self.loop.call_later(TICK_S, self._tick)
+        self.prefixes.tick()
+        for served in self.served:
+            served.placer.tick()

@@ -35,7 +35,9 @@ class LegOwner(Protocol):
 
     def on_announced(self, announcement: Announcement) -> None: ...
 
-    def on_prompt(self, stats: PromptStats) -> None: ...
+    def on_prompt(self, leg: Leg, stats: PromptStats) -> None:
+        """The prompt is computed; from a decode leg: its KV has come."""
+        ...
 
     def on_running(self, leg: Leg) -> None:
         """The leg that goes on to the end has made its first token: whatever KV it needed is there."""
@@ -59,9 +61,9 @@ class Leg:
         self._num_context_tokens = 0
         self._open = False
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, prefix_store: str = "") -> None:
         """Raises `WorkerLost` when the worker's stream has just ended."""
-        self.handle = self.link.submit(request, self.phase, self)
+        self.handle = self.link.submit(request, self.phase, self, prefix_store)
         self._open = True
         self._count(request)
         own = self.link.own
@@ -110,7 +112,7 @@ class Leg:
         raise NotImplementedError
 
     def on_prompt(self, stats: PromptStats) -> None:
-        self.owner.on_prompt(stats)
+        self.owner.on_prompt(self, stats)
 
     def on_announcement(self, announcement: Announcement) -> None:
         self.owner.on_announced(announcement)

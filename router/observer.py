@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 from prometheus_client import Counter
@@ -10,16 +10,15 @@ from prometheus_client import Counter
 from pdserve.errors import PdserveError, from_fields
 from pdserve.metrics import RouterMetrics
 from pdserve.types import Role
-from router.catalog import Record
+from router.catalog import Attempt, Record
 from router.session import Link
 
 
 class Observer:
     """Metrics of one served model."""
 
-    def __init__(self, metrics: RouterMetrics, model: str, num_inflight: Callable[[], int]) -> None:
+    def __init__(self, metrics: RouterMetrics, model: str) -> None:
         self._metrics = metrics
-        metrics.inflight.set_function(num_inflight)
         self._model = model
         self._ttft = metrics.ttft.labels(model)
         self._itl = metrics.itl.labels(model)
@@ -29,6 +28,8 @@ class Observer:
         self._prompt_tokens = metrics.prompt_tokens.labels(model)
         self._cached_tokens = metrics.cached_tokens.labels(model)
         self._output_tokens = metrics.output_tokens.labels(model)
+        self._forecast_error = metrics.forecast_error.labels(model)
+        self._transfer_spent = metrics.transfer_spent.labels(model)
         self._leg = {leg: metrics.leg_seconds.labels(model, leg) for leg in _LEGS}
         self._placed = lru_cache(maxsize=1024)(lambda worker_id, role: metrics.placements.labels(worker_id, role))
         self._ended = lru_cache(maxsize=64)(self._bind_ended)
@@ -36,9 +37,6 @@ class Observer:
     def admitted(self, record: Record) -> None:
         self._prompt_tokens.inc(record.num_prompt_tokens)
         self._prompt_length.observe(record.num_prompt_tokens)
-        for worker_id, role in ((record.prefill_worker, "prefill"), (record.decode_worker, "decode")):
-            if worker_id is not None:
-                self._placed(worker_id, role).inc()
 
     def refused(self, error: PdserveError) -> None:
         """It never reached a worker."""
@@ -49,15 +47,24 @@ class Observer:
         if record.num_cached_tokens:
             self._cached_tokens.inc(record.num_cached_tokens)
         self._output_tokens.inc(record.num_output_tokens)
-        if record.outcome == "ok":
-            self._observe_times(record)
+        for attempt in record.attempts:
+            self._observe_placement(attempt)
+        for failed in record.attempts[:-1]:
+            self._metrics.retries.labels(self._model, failed.outcome).inc()
+        if record.outcome == "ok" and record.attempts:
+            self._observe_times(record, record.attempts[-1])
 
-    def _observe_times(self, record: Record) -> None:
-        """Latencies of requests that ran to their end: those of failed ones would flatter or blur the rest."""
+    def _observe_placement(self, attempt: Attempt) -> None:
+        if attempt.prefill_worker is not None:
+            self._placed(attempt.prefill_worker, "prefill").inc()
+        if attempt.decode_worker is not None:
+            self._placed(attempt.decode_worker, "decode").inc()
+
+    def _observe_times(self, record: Record, last: Attempt) -> None:
+        """Latencies of requests that ran to their end: those of failed ones would flatter or blur the rest. Of one that
+        was placed again, the legs are those of its last placement."""
         self._output_length.observe(record.num_output_tokens)
-        tokenised, first, started, ended = (
-            record.tokenised_s, record.first_token_s, record.decode_started_s, record.ended_s
-        )  # fmt: skip
+        tokenised, first, ended = record.tokenised_s, record.first_token_s, record.ended_s
         if tokenised is None or first is None or ended is None:
             return
         self._e2e.observe(ended)
@@ -66,10 +73,22 @@ class Observer:
         if per_choice > 1:
             self._itl.observe((ended - first) / (per_choice - 1))
         self._leg["tokenise"].observe(tokenised)
-        self._leg["prefill"].observe(first - tokenised)
-        if started is not None:
-            self._leg["transfer"].observe(started - first)
-            self._leg["decode"].observe(ended - started)
+        self._leg["queue_prefill"].observe(last.waited_s)
+        if last.first_token_s is not None:
+            self._observe_legs(last, last.first_token_s, ended)
+
+    def _observe_legs(self, last: Attempt, first: float, ended: float) -> None:
+        self._leg["prefill"].observe(first - last.bound_s)
+        if last.forecast.ttft_s > 0:
+            self._forecast_error.observe((first - last.bound_s) / last.forecast.ttft_s)
+        started = last.decode_started_s
+        if started is None:
+            return
+        arrived = max(first, min(last.kv_arrived_s or started, started))
+        self._leg["transfer"].observe(arrived - first)
+        self._leg["queue_decode"].observe(started - arrived)
+        self._leg["decode"].observe(ended - started)
+        self._transfer_spent.inc(started - first)
 
     def _bind_ended(self, outcome: str) -> Counter:
         status = {"ok": 200, "cancelled": 499}.get(outcome) or from_fields({"reason": outcome}).http_status
@@ -85,5 +104,5 @@ def count_workers(metrics: RouterMetrics, links: Sequence[Link]) -> None:
         metrics.workers.labels(role.value, "ready").set(len(of_role) - draining)
 
 
-_LEGS = ("tokenise", "prefill", "transfer", "decode")
+_LEGS = ("tokenise", "queue_prefill", "prefill", "transfer", "queue_decode", "decode")
 assert {role.value for role in Role} < set(_LEGS)

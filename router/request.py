@@ -1,25 +1,37 @@
 """One request at the router, from its submission to its end: it joins the legs, the choices and the client's sink.
 
-Both legs are submitted at once, so that decode reserves room while prefill computes. What prefill announces goes on to
-decode; what prefill samples goes to the client at once and to decode when every choice has its first token. Whatever
-ends a request (last token, error, cancel, lost worker, deadline) passes through `_end`, once.
+It waits until it is placed (`router.placer`), then both legs are submitted at once, so that decode reserves room while
+prefill computes. What prefill announces goes on to decode; what prefill samples goes to the client at once and to
+decode when every choice has its first token. When a leg is lost, or a worker refuses it because it is going away, the
+request is placed again with the tokens that the client has already; a choice drops what comes twice. Whatever ends a
+request (last token, error, cancel, deadline) passes through `_end`, once.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
-from pdserve.errors import DeadlineExceeded, EngineFailed, PdserveError, WorkerLost
+from pdserve.errors import (
+    DeadlineExceeded,
+    Draining,
+    EngineFailed,
+    HandoverError,
+    NoWorker,
+    PdserveError,
+    WorkerLost,
+)
 from pdserve.tokens import Detokenizer
 from pdserve.types import Finish, Phase, PromptStats, Request
 from pdserve.wire.session import Announcement, FirstOutput
 from router.base import Sink, Usage
-from router.catalog import Record
+from router.catalog import Attempt, Record, attempt_of
 from router.choice import Choice, TextOptions
 from router.deadlines import Deadlines
 from router.legs import DecodeLeg, FullLeg, Leg, PrefillLeg
+from router.scheduling.base import Decision
 from router.session import Link
 
 FOREVER = float("inf")
@@ -27,24 +39,49 @@ FOREVER = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds without progress after which a leg has failed."""
+    """Seconds without progress after which a leg has failed; `queue_s`: that a request may wait to be placed."""
 
     prefill_s: float
     transfer_s: float
     decode_s: float
+    queue_s: float = 60.0
 
     def of(self, clock: str) -> float:
-        return {"prefill": self.prefill_s, "transfer": self.transfer_s, "decode": self.decode_s}[clock]
+        return float(getattr(self, clock + "_s"))
+
+
+class Placing(Protocol):
+    """Who gave this request its workers, and wants to know what became of it."""
+
+    def again(self, active: ActiveRequest) -> None:
+        """Its workers are let go; find others. Nothing is called back before this returns."""
+        ...
+
+    def prefilled(self, active: ActiveRequest, stats: PromptStats | None) -> None:
+        """The prompt is computed; None: the worker did not say what of it was cached."""
+        ...
+
+    def decoding(self, active: ActiveRequest) -> None:
+        """Decode has given its first token."""
+        ...
+
+    def failed(self, active: ActiveRequest, error: PdserveError) -> None:
+        """An attempt has failed, whatever is done about it."""
+        ...
+
+    def ended(self, active: ActiveRequest) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What every request of a router shares."""
+    """What every request of a model shares. `max_retries`: placements after the first."""
 
     loop: asyncio.AbstractEventLoop
     deadlines: Deadlines
     timeouts: Timeouts
+    placing: Placing
     on_end: Callable[[ActiveRequest], None]
+    max_retries: int = 2
 
 
 class ActiveRequest:
@@ -70,38 +107,71 @@ class ActiveRequest:
         self._sink = sink
         self._around = around
         self._limit = arrived + request.timeout_ms / 1000 if request.timeout_ms else FOREVER
-        self._clock = "prefill"
+        self._clock = "queue"
         self._prefill: Leg | None = None
         self._decode: Leg | None = None
         self._running: Leg | None = None
         self._num_open = request.params.n
         self._num_announced = 0
         self._progress = -1
+        self._failure: PdserveError | None = None
+        """Of its last attempt."""
 
-    # ---- begin ----
+    # ---- waiting, and begin ----
 
-    def start_pair(self, prefill: Link, decode: Link) -> None:
-        """Submit both legs. Raises `WorkerLost`, with nothing left behind."""
+    @property
+    def attempt(self) -> Attempt:
+        """The present one; only once it was bound."""
+        return self.record.attempts[-1]
+
+    @property
+    def waiting(self) -> bool:
+        return self._clock == "queue"
+
+    def wait(self) -> None:
+        """It stands in the queue."""
+        self._set_clock("queue")
+
+    def bind(self, decision: Decision[Link]) -> None:
+        """Submit to the decided workers. Raises `WorkerLost`, with nothing left behind."""
+        request = self._as_it_stands()
+        self.record.attempts.append(attempt_of(decision, self._age(), self.num_output_tokens))
+        if decision.prefill is not None and decision.decode is not None:
+            self.start_pair(decision.prefill, decision.decode, request, decision.prefix_store)
+        elif decision.decode is not None:
+            self.start_alone(decision.decode, "decode", request, decision.prefix_store)
+        elif decision.prefill is not None:
+            self.start_alone(decision.prefill, "prefill", request, decision.prefix_store)
+
+    def start_pair(self, prefill: Link, decode: Link, request: Request, prefix_store: str = "") -> None:
         first = PrefillLeg(self, prefill)
         second = DecodeLeg(self, decode)
-        second.submit(self.request)
+        second.submit(request)
         try:
-            first.submit(self.request)
+            first.submit(request, prefix_store)
         except WorkerLost:
             second.cancel()
             raise
         self._prefill, self._decode = first, second
         self._set_clock("prefill")
 
-    def start_alone(self, link: Link, leg: str) -> None:
-        """Submit the whole request to one worker. Raises `WorkerLost`."""
+    def start_alone(self, link: Link, leg: str, request: Request, prefix_store: str = "") -> None:
         alone = FullLeg(self, link, leg)
-        alone.submit(self.request)
+        alone.submit(request, prefix_store)
         if leg == "prefill":
             self._prefill = alone
         else:
             self._decode = alone
         self._set_clock("prefill")
+
+    def _as_it_stands(self) -> Request:
+        """With what the client has already, and the time that is left."""
+        if not self.record.attempts:
+            return self.request
+        request, now = self.request, self._around.loop.time()
+        outputs = (tuple(self.choices[0].token_ids),) if self._num_given() else ()
+        left_ms = max(1, int((self._limit - now) * 1000)) if request.timeout_ms else 0
+        return replace(request, output_token_ids=outputs, timeout_ms=left_ms)
 
     # ---- Handle ----
 
@@ -123,6 +193,7 @@ class ActiveRequest:
             return
         error.work_done = error.work_done or self.num_output_tokens > 0
         self.error = error
+        self.record.leg = error.leg or ""
         self._end(error.reason)
         self._sink.on_error(error)
 
@@ -137,21 +208,38 @@ class ActiveRequest:
         if self._decode is not None:
             self._decode.link.relay(self._decode.handle, ticket=announcement.ticket, manifests=announcement.manifests)
 
-    def on_prompt(self, stats: PromptStats) -> None:
-        self.record.num_cached_tokens = stats.num_cached_tokens
+    def on_prompt(self, leg: Leg, stats: PromptStats) -> None:
+        """From decode it says that all KV has come."""
+        attempt = self.attempt
+        if leg.phase is Phase.DECODE:
+            attempt.kv_arrived_s = self._age()
+            return
+        self.record.num_cached_tokens = attempt.num_cached_tokens = stats.num_cached_tokens
+        self.record.num_fetched_tokens = attempt.num_fetched_tokens = stats.num_fetched_tokens
+        self._around.placing.prefilled(self, stats)
 
     def on_first_output(self) -> None:
-        if self.record.first_token_s is None:
-            self.record.first_token_s = self._age()
+        attempt = self.attempt
+        if attempt.first_token_s is None:
+            attempt.first_token_s = self._age()
+            if self.record.first_token_s is None:
+                self.record.first_token_s = attempt.first_token_s
 
     def on_running(self, leg: Leg) -> None:
         self._running = leg
         if leg.phase is Phase.DECODE:
-            self.record.decode_started_s = self._age()
+            self.attempt.decode_started_s = self._age()
+            if self.record.decode_started_s is None:
+                self.record.decode_started_s = self.attempt.decode_started_s
             self._let_prefill_go()
+        elif self.attempt.num_cached_tokens is None:
+            self._around.placing.prefilled(self, None)
+        self._around.placing.decoding(self)
         self._set_clock("decode")
 
     def on_prefilled(self, outputs: tuple[FirstOutput, ...]) -> None:
+        if self.attempt.num_cached_tokens is None:
+            self._around.placing.prefilled(self, None)
         if self._decode is not None:
             self._decode.link.relay(self._decode.handle, outputs=outputs)
             self._set_clock("transfer")
@@ -168,7 +256,47 @@ class ActiveRequest:
         if self._clock == "transfer" and leg is self._prefill and leg.link.draining:
             return
         error.leg = leg.name
-        self.fail(error)
+        self._give_up(error)
+
+    # ---- a leg that failed ----
+
+    def retry(self, error: PdserveError) -> None:
+        """The workers that were decided could not take it."""
+        if not self.done:
+            self._give_up(error)
+
+    def not_placed(self, error: PdserveError) -> None:
+        """No worker takes it. Of one that had a worker before, what happened there tells more."""
+        self.fail(self._failure if self._failure is not None and isinstance(error, NoWorker) else error)
+
+    def _give_up(self, error: PdserveError) -> None:
+        """Place it again if that can save it, else fail."""
+        self._failure = error
+        self._around.placing.failed(self, error)
+        if not self._may_go_on() or len(self.record.attempts) > self._around.max_retries:
+            self.fail(error)
+            return
+        self.attempt.outcome = error.reason
+        self.attempt.ended_s = self._age()
+        self._let_go(over=False)
+        for choice in self.choices:
+            choice.rewind()
+        self._set_clock("queue")
+        self._around.placing.again(self)
+
+    def _may_go_on(self) -> bool:
+        """With one choice an engine goes on after any output; several can only start anew."""
+        return self.request.params.n == 1 or not self._num_given()
+
+    def _num_given(self) -> int:
+        return self.num_output_tokens + sum(choice.ended for choice in self.choices)
+
+    def _let_go(self, *, over: bool) -> None:
+        """Free both workers. `over`: they have ended it by themselves, and are told nothing."""
+        for leg in (self._prefill, self._decode):
+            if leg is not None:
+                leg.forget() if over else leg.cancel()
+        self._prefill = self._decode = self._running = None
 
     # ---- news from the choices ----
 
@@ -186,7 +314,10 @@ class ActiveRequest:
         if not isinstance(error, PdserveError):
             error = EngineFailed(f"the engine failed: {error}")
         error.leg = error.leg or self._clock
-        self.fail(error)
+        if isinstance(error, Draining | WorkerLost | HandoverError) and self.record.attempts:
+            self._give_up(error)
+        else:
+            self.fail(error)
 
     # ---- clocks ----
 
@@ -229,14 +360,15 @@ class ActiveRequest:
         self._around.deadlines.ended()
         for choice in self.choices:
             choice.ended = True
-        over = self._running is not None and not still_runs
-        for leg in (self._prefill, self._decode):
-            if leg is not None:
-                leg.forget() if over else leg.cancel()
-        self.record.outcome = outcome
-        self.record.finish_reasons = tuple([_name(choice) for choice in self.choices])
-        self.record.num_output_tokens = self.num_output_tokens
-        self.record.ended_s = self._age()
+        self._let_go(over=self._running is not None and not still_runs)
+        record = self.record
+        record.outcome = outcome
+        record.finish_reasons = tuple([_name(choice) for choice in self.choices])
+        record.num_output_tokens = self.num_output_tokens
+        record.ended_s = self._age()
+        if record.attempts and not record.attempts[-1].outcome:
+            record.attempts[-1].outcome, record.attempts[-1].ended_s = outcome, record.ended_s
+        self._around.placing.ended(self)
         self._around.on_end(self)
 
 

@@ -12,22 +12,27 @@ from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from kvstore.index.index import KVIndex
 from pdserve.config import WorkerConfig
 from pdserve.engine.base import KVMemoryFactory
 from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.sim import SimEngine, SimEngineConfig
 from pdserve.engine.timing import TimingModel
-from pdserve.errors import PdserveError
+from pdserve.errors import Draining, PdserveError
 from pdserve.metrics import RouterMetrics
 from pdserve.tokens import ChatTemplate, Tokenizer
 from pdserve.types import FinishReason, Logprobs, ModelInfo, Role, SamplingParams
 from pdserve.wire.session import RouterHello
 from router.base import Incoming, Usage
+from router.breakers import BreakerRules
 from router.core import CoreOptions, RouterCore
 from router.discovery import StaticDiscovery
 from router.fleet import Fleet
+from router.models import ModelSetup, PlacementOptions, maker
+from router.prefixes import PrefixIndex
 from router.request import Timeouts
-from router.scheduling.scheduler import Scheduler, least_loaded
+from router.served import ModelNames
+from router.stores import Stores
 from worker_core.worker import Worker
 
 VOCAB_SIZE = 1024
@@ -107,6 +112,9 @@ class House:
     """By the incarnation of their worker."""
     fleets: list[Fleet] = field(default_factory=list)
     cores: list[RouterCore] = field(default_factory=list)
+    prefixes: list[PrefixIndex] = field(default_factory=list)
+    registry: CollectorRegistry | None = None
+    """Of the last core."""
     sim: SimEngineConfig = field(
         default_factory=lambda: SimEngineConfig(
             core=CoreConfig(num_blocks=1024, max_num_seqs=64, chunk_tokens=64), model=MODEL, eos_period=0
@@ -138,22 +146,32 @@ class House:
         return prefill, await self.worker(Role.DECODE, "d0", timing=timing)
 
     async def core(
-        self, *, addresses: Sequence[str] | None = None, timeouts: Timeouts = PATIENT, **options: object
-    ) -> RouterCore:
+        self, *, addresses: Sequence[str] | None = None, timeouts: Timeouts = PATIENT, models: object = None,
+        placement: object = (), **options: object,
+    ) -> RouterCore:  # fmt: skip
+        """`models`: name -> aliases; `placement` and `options`: fields of PlacementOptions and CoreOptions."""
         if addresses is None:
             addresses = [worker.address for worker in self.workers]
         fleet = Fleet(StaticDiscovery(addresses), RouterHello("router", 1), tls=None, max_backoff_s=0.1)
+        registry = self.registry = CollectorRegistry()
+        metrics = RouterMetrics(registry)
         given = {
-            "model": "tiny", "aliases": {}, "disaggregate": True, "block_tokens": 16, "secret": b"s",
-            "max_inflight": 64, "timeouts": timeouts, "num_records": 100, **options,
+            "policy": "least_loaded", "disaggregate": "always", "block_tokens": 16, "secret": b"s",
+            "breaker": BreakerRules(), "seed": 1, **dict(placement),
         }  # fmt: skip
-        core = RouterCore(
-            CoreOptions(**given),
-            self.tokenizer,
-            fleet,
-            Scheduler(least_loaded(1, 16)),
-            RouterMetrics(CollectorRegistry()),
-        )
+        core_given = {
+            "policy": given["policy"], "max_inflight": 64, "max_waiting": 64, "max_retries": 0, "timeouts": timeouts,
+            "num_records": 300, **options,
+        }  # fmt: skip
+        setups = [
+            ModelSetup(ModelNames(name, tuple(aliases)), self.tokenizer, "smollm2-135m-cpu")
+            for name, aliases in (models or {"tiny": ()}).items()
+        ]
+        loop = asyncio.get_running_loop()
+        index = KVIndex(max_entries=100_000, clock=loop.time)
+        prefixes = PrefixIndex(index, Stores(index, None), metrics, loop.time, loop.call_soon)
+        self.prefixes.append(prefixes)
+        core = RouterCore(CoreOptions(**core_given), fleet, prefixes, maker(setups, PlacementOptions(**given), metrics))
         self.fleets.append(fleet)
         self.cores.append(core)
         fleet.start()
@@ -170,8 +188,12 @@ class House:
         await until(lambda: all(map(self.is_idle, workers or self.workers)))
 
     async def close(self) -> None:
+        for core in self.cores:
+            core.close(Draining("the test is over"))
         for fleet in self.fleets:
             await fleet.close()
+        for prefixes in self.prefixes:
+            await prefixes.close()
         for worker in self.workers:
             await worker.stop()
 

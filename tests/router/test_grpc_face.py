@@ -185,7 +185,7 @@ async def test_a_clients_deadline_frees_both_workers(serve, wait_until):
 
 
 async def test_list_models(serve):
-    served = await serve(aliases={"alias": "tiny"})
+    served = await serve(models={"tiny": ("alias",)})
     models = (await served.ours.ListModels(pb.ListModelsRequest())).models
     assert [(model.name, model.max_model_len) for model in models] == [("tiny", 4096), ("alias", 4096)]
 

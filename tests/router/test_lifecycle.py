@@ -317,7 +317,7 @@ async def test_one_request_too_many_is_told_when_to_come_back(house, sink, incom
 
 async def test_what_can_be_known_at_once_is_refused_at_once(house, sink, incoming):
     await house.pair()
-    core = await house.core(aliases={"other": "tiny"})
+    core = await house.core(models={"tiny": ("other",)})
     cases = [
         (incoming(model="nope"), ModelNotFound, "model"),
         (incoming("x" * 4096), ContextLengthExceeded, "prompt"),
@@ -342,7 +342,7 @@ async def test_what_can_be_known_at_once_is_refused_at_once(house, sink, incomin
 
 async def test_max_tokens_and_seed_are_filled_in(house, sink, incoming):
     await house.pair()
-    core = await house.core(aliases={"other": "tiny"})
+    core = await house.core(models={"tiny": ("other",)})
     handles = [core.submit(incoming("x" * 4090, max_tokens=None, model="other"), sink()) for _ in range(2)]
     assert [handle.request.params.max_tokens for handle in handles] == [6, 6]
     assert handles[0].request.params.seed != handles[1].request.params.seed
@@ -381,7 +381,7 @@ async def test_what_the_engine_refuses_reaches_the_client_typed(house, sink, inc
 
 async def test_without_disaggregation_decode_does_everything(house, sink, incoming):
     await house.worker(Role.DECODE, "d0")
-    core, got = await house.core(disaggregate=False), sink()
+    core, got = await house.core(placement={"disaggregate": "never"}), sink()
     handle = core.submit(incoming("abc" * 40, n=2, max_tokens=9), got)
     await got.result()
     assert got.token_ids[1] == expected_tokens(house.sim, handle.request, 1)
@@ -496,6 +496,6 @@ async def test_eos_ends_a_choice_without_being_text(house, sink, incoming):
 
 async def test_a_name_that_workers_do_not_serve_is_told_with_those_they_do(house, sink, incoming):
     await house.pair()
-    core = await house.core(model="large")
+    core = await house.core(models={"large": ()})
     with pytest.raises(NoWorker, match="the connected ones serve tiny"):
         core.submit(incoming(model="large"), sink())

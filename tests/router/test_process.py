@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from pdserve.config import RouterConfig, from_mapping
 from pdserve.errors import ConfigError
-from router.app import Router, core_options
+from router.app import Router, placement_options
 
 
 class Fleet:
@@ -182,12 +182,18 @@ BAD_CONFIGS = {
     "http_listen=nonsense": "http_listen",
     "aliases.a=b": "aliases.a",
     "model=/nowhere.gguf": "model",
-    "disaggregate=auto": "disaggregate",
+    "disaggregate=sometimes": "disaggregate",
+    "policy=best": "policy",
+    "timing=fast": "timing",
+    "models={a: {aliases: [b]}, b: {}}": "models.b.aliases",
 }
 
 
 async def test_a_config_error_names_the_key_and_ends_with_2():
-    code = "import sys, router.__main__ as r; print([r.main(['--set', each]) for each in sys.argv[1:]])"
+    code = (
+        "import sys, router.__main__ as r; "
+        "print([r.main(['--set', 'grpc_listen=127.0.0.1:0', '--set', each]) for each in sys.argv[1:]])"
+    )
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", code, *BAD_CONFIGS, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
@@ -210,6 +216,6 @@ async def test_a_port_in_use_is_a_config_error():
 
 def test_an_empty_secret_is_drawn_anew_at_each_start():
     config = from_mapping(RouterConfig, {})
-    assert core_options(config, "m").secret != core_options(config, "m").secret
+    assert placement_options(config, 1).secret != placement_options(config, 1).secret
     fixed = from_mapping(RouterConfig, {"server_secret": "x"})
-    assert core_options(fixed, "m").secret == b"x"
+    assert placement_options(fixed, 1).secret == b"x"

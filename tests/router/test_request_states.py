@@ -5,7 +5,7 @@ import asyncio
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pdserve.errors import EngineFailed
+from pdserve.errors import EngineFailed, WorkerLost
 from pdserve.tokens import StopMatcher
 from pdserve.types import Finish, FinishReason, ModelInfo, PromptStats, Request, Role, SamplingParams, WorkerInfo
 from pdserve.wire.session import Announcement, RouterHello, RouterUpdate, StepColumns
@@ -13,6 +13,7 @@ from router.catalog import Record
 from router.choice import TextOptions
 from router.deadlines import Deadlines
 from router.request import ActiveRequest, Surroundings, Timeouts
+from router.scheduling.base import Ask, Decision
 from router.session import Link
 
 STOP_TOKEN, PLAIN_TOKEN = 9, 5
@@ -133,24 +134,57 @@ class FakeWorker:
         self.link._fail_all("gone")
 
 
+class Places:
+    """Gives a request that lost its workers the same ones again, a tick later."""
+
+    def __init__(self, house):
+        self.house, self.due, self.ends = house, [], 0
+
+    def again(self, active):
+        self.due.append(active)
+
+    def run(self):
+        due, self.due = self.due, []
+        for active in due:
+            if not active.done:
+                self.bind(active)
+
+    def bind(self, active):
+        house = self.house
+        ask = Ask("r", "m", 3, 100)
+        pair = (None if house.alone else house.prefill.link), house.decode.link
+        try:
+            active.bind(Decision(ask, *pair))
+        except WorkerLost as error:
+            active.retry(error)
+
+    def prefilled(self, active, stats): ...
+
+    def decoding(self, active): ...
+
+    def failed(self, active, error): ...
+
+    def ended(self, active):
+        self.ends += 1
+
+
 class House:
-    def __init__(self, n, alone, stop):
+    def __init__(self, n, alone, stop, retries=0):
         self.clock = Clock()
         self.deadlines = Deadlines(self.clock)
         self.prefill, self.decode = FakeWorker(Role.PREFILL), FakeWorker(Role.DECODE)
         self.workers = (self.prefill, self.decode)
         self.client, self.ends = Client(), []
         params = SamplingParams(n=n, max_tokens=100, seed=1, stop=("STOP",) if stop else ())
-        around = Surroundings(self.clock, self.deadlines, Timeouts(10, 10, 10), self.ends.append)
+        self.places = Places(self)
+        timeouts = Timeouts(10, 10, 10)
+        around = Surroundings(self.clock, self.deadlines, timeouts, self.places, self.ends.append, retries)
         self.active = ActiveRequest(
             Request("r", "m", (1, 2, 3), params), self.client, Text, TextOptions.of(params, False),
             Record("r", "m", "", 0.0), around, self.clock.now,
         )  # fmt: skip
         self.alone = alone
-        if alone:
-            self.active.start_alone(self.decode.link, "decode")
-        else:
-            self.active.start_pair(self.prefill.link, self.decode.link)
+        self.places.bind(self.active)
         self.read()
 
     def read(self):

@@ -1,0 +1,45 @@
+"""What a worker that tells nothing of its prefix cache may hold: what was sent there lately, newest first.
+
+Bounded by the blocks that the worker has and aged, since nobody says when a block leaves.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+MAX_AGE_S = 120.0
+"""A guess that was not renewed for so long is dropped. Dynamo's approximate router forgets after the same time."""
+POOL_SHARE = 0.5
+"""Of a worker's blocks that are taken to hold prefixes: the rest is running requests' outputs and what evicted them."""
+
+
+class Guess:
+    """One worker's. `add` and `age` return the changes, so that an index can follow."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self._capacity = max(1, int(num_blocks * POOL_SHARE))
+        self._expiry: OrderedDict[bytes, float] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._expiry)
+
+    def add(self, keys: Iterable[bytes], now: float) -> tuple[list[bytes], list[bytes]]:
+        """(new, gone) after these were sent there. Within one prompt the first block is the last to go, as engines
+        evict a chain from its end."""
+        expiry, deadline = self._expiry, now + MAX_AGE_S
+        new = []
+        for key in reversed(list(keys)):
+            if key not in expiry:
+                new.append(key)
+            expiry[key] = deadline
+            expiry.move_to_end(key)
+        gone = [expiry.popitem(last=False)[0] for _ in range(len(expiry) - self._capacity)]
+        return new, gone
+
+    def age(self, now: float) -> list[bytes]:
+        """Those that have become too old."""
+        gone = []
+        while self._expiry and next(iter(self._expiry.values())) <= now:
+            gone.append(self._expiry.popitem(last=False)[0])
+        return gone

@@ -1,0 +1,257 @@
+"""Gives requests of one model their workers, and tells the policy what became of them.
+
+A request stands in the policy's queue until it is bound; whatever may let it be bound (a prompt that is through, a
+request that ended, a worker that came, a time the policy named) has the policy asked again, once a loop tick. Here
+meet: the policy, the fleet, the prefix index and its audit, and the breakers of links.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from pdserve.errors import HandoverError, PdserveError, WorkerLost
+from pdserve.types import PromptStats
+from router.breakers import LinkBreakers
+from router.fleet import Fleet
+from router.prefixes import PrefixIndex
+from router.request import ActiveRequest
+from router.scheduling.base import Ask, Decision, Policy
+from router.scheduling.forecasts import Predictor
+from router.session import Link
+
+SMOOTHING = 0.1
+"""Of the latest interval in the mean time between two placements while requests wait."""
+FIRST_INTERVAL_S = 0.1
+"""Assumed before any request had to wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacerOptions:
+    model: str
+    block_tokens: int
+    disaggregate: bool
+    ttft_slo_s: float | None = None
+    """Given to the policy with each request; None: no bound."""
+
+
+class Placer:
+    """Implements `router.request.Placing`."""
+
+    def __init__(
+        self,
+        options: PlacerOptions,
+        policy: Policy[Link],
+        fleet: Fleet,
+        prefixes: PrefixIndex,
+        breakers: LinkBreakers,
+        predictor: Predictor,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.policy = policy
+        self.breakers = breakers
+        self._options = options
+        self._fleet = fleet
+        self._prefixes = prefixes
+        self._predictor = predictor
+        self._loop = loop
+        self._waiting: dict[Ask, ActiveRequest] = {}
+        self._asks: dict[ActiveRequest, Ask] = {}
+        self._poked = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._workers: list[Link] = []
+        self._version = -1
+        self._interval_s = FIRST_INTERVAL_S
+        self._last_bound_s: float | None = None
+
+    # ---- what the core asks ----
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def place(self, active: ActiveRequest) -> None:
+        """Bind it, or let it wait. Raises what keeps it from being served at all."""
+        ask = self._ask(active)
+        self._asks[active] = ask
+        self._waiting[ask] = active
+        self.policy.enqueue(ask)
+        refusal: PdserveError | None = None
+        for decision in self._decide():
+            if decision.ask is ask and decision.error is not None:
+                refusal = decision.error
+            else:
+                self._carry_out(decision)
+        self._arm()
+        if refusal is not None:
+            del self._waiting[ask], self._asks[active]
+            raise refusal
+        if ask in self._waiting:
+            active.wait()
+
+    def wait_s(self) -> float:
+        """How long the queue would take to be placed, at the present pace."""
+        return len(self._waiting) * self._interval_s
+
+    def least_important(self, priority: int) -> ActiveRequest | None:
+        """The one that waits and should give way to a request of this priority: the newest of the least important;
+        None: all are as important."""
+        ask = max(self._waiting, key=lambda each: (each.priority, each.arrived_s), default=None)
+        return self._waiting[ask] if ask is not None and ask.priority > priority else None
+
+    def changed(self) -> None:
+        """The fleet."""
+        self.breakers.keep({link.info.worker_id for link in self._links()})
+        self._poke()
+
+    def tick(self) -> None:
+        self.breakers.tick()
+        self._poke()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    # ---- what requests tell ----
+
+    def again(self, active: ActiveRequest) -> None:
+        self._forget(active)
+        self._loop.call_soon(self._place_again, active)
+
+    def _place_again(self, active: ActiveRequest) -> None:
+        """In the next tick: then the fleet knows that a worker is gone."""
+        if active.done:
+            return
+        try:
+            self.place(active)
+        except PdserveError as error:
+            active.not_placed(error)
+
+    def prefilled(self, active: ActiveRequest, stats: PromptStats | None) -> None:
+        ask = self._asks.get(active)
+        if ask is None:
+            return
+        if stats is None:
+            self.policy.prefilled(ask, 0)
+        else:
+            self.policy.prefilled(ask, stats.num_cached_tokens, stats.num_fetched_tokens)
+            self._check(active, stats)
+        self._prefixes.computed(active.attempt.computes[0], ask.keys)
+        self._poke()
+
+    def decoding(self, active: ActiveRequest) -> None:
+        ask = self._asks.get(active)
+        if ask is None:
+            return
+        self.policy.decoding(ask)
+        attempt = active.attempt
+        if attempt.prefill_worker is None or attempt.decode_worker is None or attempt.first_token_s is None:
+            return
+        self._prefixes.computed(attempt.decode_worker, ask.keys)
+        arrived = attempt.kv_arrived_s or attempt.decode_started_s
+        if arrived is not None:
+            alone_s = self._predictor.prefill_s(ask.num_prompt_tokens, 0)
+            seconds = max(arrived - attempt.first_token_s, 0.0)
+            self.breakers.arrived(
+                attempt.prefill_worker, attempt.decode_worker, ask.num_prompt_tokens, seconds, alone_s
+            )
+
+    def failed(self, active: ActiveRequest, error: PdserveError) -> None:
+        attempt = active.record.last
+        if isinstance(error, HandoverError) and attempt is not None and attempt.link is not None:
+            attempt.handover_failed = True
+            self.breakers.failed(*attempt.link)
+
+    def ended(self, active: ActiveRequest) -> None:
+        self._forget(active)
+        self._poke()
+
+    def _forget(self, active: ActiveRequest) -> None:
+        ask = self._asks.pop(active, None)
+        if ask is None:
+            return
+        link = active.record.last.link if active.record.last is not None else None
+        if self._waiting.pop(ask, None) is None and link is not None:
+            self.breakers.unbound(*link)
+        self.policy.ended(ask, active.num_output_tokens)
+
+    # ---- the policy ----
+
+    def _ask(self, active: ActiveRequest) -> Ask:
+        """After a hand-over that failed, one worker does it all."""
+        request, last = active.request, active.record.last
+        handed_over = last is None or not last.handover_failed
+        given = active.num_output_tokens
+        return Ask(
+            request.request_id,
+            request.model,
+            len(request.prompt_token_ids) + given,
+            max(1, (request.params.max_tokens or 0) - given),
+            request.block_keys,
+            request.params.n,
+            request.priority,
+            ttft_slo_s=self._options.ttft_slo_s,
+            disaggregate=self._options.disaggregate and handed_over,
+        )
+
+    def _links(self) -> list[Link]:
+        """This model's workers."""
+        if self._version != self._fleet.version:
+            self._version = self._fleet.version
+            self._workers = [link for link in self._fleet.links if link.info.model.name == self._options.model]
+        return self._workers
+
+    def _decide(self) -> list[Decision[Link]]:
+        return self.policy.decide(self._links(), self._fleet.version)
+
+    def _run(self) -> None:
+        self._poked = False
+        for decision in self._decide():
+            self._carry_out(decision)
+        self._arm()
+
+    def _carry_out(self, decision: Decision[Link]) -> None:
+        active = self._waiting.pop(decision.ask)
+        if decision.error is not None:
+            active.not_placed(decision.error)
+            return
+        self._count_bound()
+        try:
+            active.bind(decision)
+        except WorkerLost as error:
+            self._loop.call_soon(active.retry, error)
+            return
+        if decision.prefill is not None and decision.decode is not None:
+            self.breakers.bound(decision.prefill.info.worker_id, decision.decode.info.worker_id)
+        computes = decision.prefill or decision.decode
+        if computes is not None and decision.forecast.num_cached_tokens:
+            active.attempt.prefix_source = self._prefixes.source(computes.info)
+
+    def _count_bound(self) -> None:
+        now = self._loop.time()
+        if self._waiting and self._last_bound_s is not None:
+            self._interval_s += SMOOTHING * (now - self._last_bound_s - self._interval_s)
+        self._last_bound_s = now
+
+    def _poke(self) -> None:
+        if self._waiting and not self._poked:
+            self._poked = True
+            self._loop.call_soon(self._run)
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiting and (at := self.policy.next_wakeup()) is not None:
+            self._timer = self._loop.call_at(at, self._run)
+
+    # ---- the audit ----
+
+    def _check(self, active: ActiveRequest, stats: PromptStats) -> None:
+        """An engine always computes the last token, so a prompt of whole blocks is found without its last one."""
+        attempt, forecast = active.attempt, active.attempt.forecast
+        believed = forecast.num_cached_tokens - forecast.num_fetched_tokens
+        if believed > 0:
+            block = self._options.block_tokens
+            limit = (stats.num_prompt_tokens - 1) // block * block
+            self._prefixes.check(*attempt.computes, min(believed, limit), stats)

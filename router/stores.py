@@ -1,0 +1,67 @@
+"""The node stores that connected workers name: one follower each, for as long as some worker names it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvstore.index.index import KVIndex
+from kvstore.node.follower import StoreFollower
+from pdserve.rpc import Channel, Tls
+
+
+@dataclass(slots=True)
+class _Followed:
+    follower: StoreFollower
+    channel: Channel
+    task: asyncio.Task[None]
+
+
+class Stores:
+    """Feeds an index with what the stores tell. Belongs to the loop it is used on."""
+
+    def __init__(self, index: KVIndex, tls: Tls | None) -> None:
+        self._index = index
+        self._tls = tls
+        self._followed: dict[str, _Followed] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._followed)
+
+    def follow(self, addresses: Iterable[str]) -> None:
+        """These from now on, and no others."""
+        wanted = set(addresses) - {""}
+        for address in self._followed.keys() - wanted:
+            self._leave(self._followed.pop(address))
+        for address in wanted - self._followed.keys():
+            channel = Channel(address, tls=self._tls)
+            follower = StoreFollower(channel, self._index)
+            self._followed[address] = _Followed(follower, channel, asyncio.create_task(follower.run()))
+
+    def node_at(self, address: str) -> str:
+        """The name of the store at an address; empty: none, or it has not told yet."""
+        followed = self._followed.get(address)
+        return followed.follower.node if followed is not None else ""
+
+    def address_of(self, node: str) -> str:
+        """Where a store can be asked; empty: it is not followed any more."""
+        return next((address for address, each in self._followed.items() if each.follower.node == node), "")
+
+    async def close(self) -> None:
+        self.follow(())
+        if self._closing:
+            await asyncio.wait(self._closing)
+
+    def _leave(self, followed: _Followed) -> None:
+        self._index.remove(followed.follower.node)
+        task = asyncio.create_task(_end(followed))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+
+async def _end(followed: _Followed) -> None:
+    followed.task.cancel()
+    await asyncio.wait([followed.task])
+    await followed.channel.close()
