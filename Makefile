@@ -4,7 +4,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 SETUP = $(VENV)/.ready
 
-.PHONY: setup up test lint proto docs test-wheel test-vllm parity-slice parity-full bench-peers bench-smoke
+.PHONY: setup up test lint proto docs test-wheel test-vllm transports test-transports parity-slice parity-full bench-peers bench-smoke test-kube test-node
 
 setup: $(SETUP)
 
@@ -27,6 +27,7 @@ proto: $(SETUP)
 
 docs: $(SETUP)
 	$(PY) -m pdserve.config > docs/configuration.md
+	$(PY) deploy/helm/schema.py > deploy/helm/pdserve/values.schema.json
 
 bench-peers: $(SETUP)
 	bash deploy/bench-peers.sh "$(PYTHON)"
@@ -48,5 +49,18 @@ bench-smoke: $(SETUP) bench-peers
 	$(PY) benchmarks/engine.py --quick --json
 	$(PY) benchmarks/router.py --quick --rounds 1 --json
 
+transports: $(SETUP)
+	bash deploy/transports.sh $(VENV)
+
+test-transports: transports
+	$(PY) -m pytest -m "transports and not slow" tests/kvstore tests/worker_core
+	UCX_TLS=tcp,self $(PY) -m pytest -m transports tests/kvstore/test_transports_under_stress.py -k nixl
+
 test-vllm:
 	bash deploy/test-vllm.sh "$(PYTHON)"
+
+test-kube: $(SETUP)
+	bash deploy/test-kube.sh "$(PY)"
+
+test-node: $(SETUP)
+	bash deploy/test-node.sh "$(PY)"

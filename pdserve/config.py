@@ -48,6 +48,13 @@ class TlsConfig(Config, frozen=True):
         return Tls(self.cert_file, self.key_file, self.ca_file, self.server_name)
 
 
+class MooncakeConfig(Config, frozen=True):
+    """The transport `mooncake`."""
+
+    protocol: Annotated[str, _doc("tcp | rdma. tcp: works anywhere, but our own tcp is faster.")] = "tcp"
+    device: Annotated[str, _doc("RDMA devices, comma-separated; empty: all of the machine.")] = ""
+
+
 class SimConfig(Config, frozen=True):
     """The engine without weights."""
 
@@ -124,8 +131,13 @@ class WorkerConfig(Config, frozen=True):
     max_model_len: Annotated[int, _doc("Caps the model's own limit; 0: the model's.", "tokens", ge=0)] = 0
     prefix_cache: Annotated[bool, _doc("Keep finished blocks findable by key until their room is needed.")] = True
     transports: Annotated[
-        tuple[str, ...], _doc("In order of preference; shm is used only between workers of one host.")
+        tuple[str, ...],
+        _doc(
+            "shm | tcp | mooncake | nixl | gloo | nccl, in order of preference; shm is used only between workers of "
+            "one host. The last four need `make transports`; docs/support.md says what was ever run."
+        ),
     ] = ("shm", "tcp")
+    mooncake: MooncakeConfig = MooncakeConfig()
     transport_host: Annotated[str, _doc("Address the tcp transport listens on; empty: the host of `listen`.")] = ""
     digest_every: Annotated[
         int, _doc("On shm, check the digest of every n-th block (tcp: of all). 1: all.", "blocks", ge=1)
@@ -221,7 +233,10 @@ class KvstoreConfig(Config, frozen=True):
     scrub_blocks: Annotated[
         int, _doc("Compared with their digests each second while nobody calls; 0: off.", "blocks", ge=0)
     ] = 64
-    transports: Annotated[tuple[str, ...], _doc("By which the pool can be reached.")] = ("shm", "tcp")
+    transports: Annotated[
+        tuple[str, ...], _doc("By which the pool can be reached: shm | tcp | mooncake | nixl | gloo | nccl.")
+    ] = ("shm", "tcp")
+    mooncake: MooncakeConfig = MooncakeConfig()
     transport_host: Annotated[str, _doc("Address the tcp transport listens on; empty: the host of `listen`.")] = ""
     transfer_timeout_s: Annotated[float, _doc("A transfer without progress for this long fails.", "s", gt=0)] = 10.0
     disk: DiskConfig = DiskConfig()

@@ -7,7 +7,7 @@ import logging
 from kvstore.handover.verify import PoolDescriptor
 from kvstore.transports.base import Transport
 from kvstore.transports.bulk_tls import BulkTls
-from kvstore.transports.registry import make_transport
+from kvstore.transports.opening import open_transports
 from kvstore.transports.shm import SharedMemoryPool
 from kvstore.transports.tcp import TcpOptions
 from pdserve.config import WorkerConfig, split_address
@@ -50,15 +50,9 @@ class MemoryPort:
 
     def open(self) -> None:
         """Register the pool with every configured transport. Raises `ConfigError`."""
-        options = self._tcp_options()
-        for name in self._config.transports:
-            try:
-                transport = make_transport(name, tcp=options)
-            except OSError as error:
-                raise ConfigError(
-                    f"tcp cannot listen on {options.host}: {error.strerror}", key="transport_host"
-                ) from error
-            self.transports[name] = transport
+        config = self._config
+        self.transports.update(open_transports(config.transports, self._tcp_options(), config.mooncake))
+        for name, transport in self.transports.items():
             self.offers[name] = PoolDescriptor.of(self.pool, transport.register(self.pool.region)).encode()
 
     def refresh_tls(self) -> None:

@@ -21,7 +21,8 @@ from kvstore.node.tenants import Tenants
 from kvstore.node.tiers import DISK_CLIENT, DiskEvents, Tiers
 from kvstore.transports.base import Transport
 from kvstore.transports.bulk_tls import BulkTls
-from kvstore.transports.registry import NAMES, make_transport
+from kvstore.transports.opening import open_transports
+from kvstore.transports.registry import check_names
 from kvstore.transports.shm import SharedMemoryPool
 from kvstore.transports.tcp import TcpOptions
 from pdserve.config import KvstoreConfig, split_address
@@ -41,8 +42,7 @@ def check_config(config: KvstoreConfig) -> None:
         raise ConfigError("low_watermark is above high_watermark", key="low_watermark")
     if not config.num_blocks and config.memory_bytes < config.block_bytes:
         raise ConfigError("memory_bytes holds not even one block", key="memory_bytes")
-    if wrong := set(config.transports) - set(NAMES):
-        raise ConfigError(f"there is no transport {min(wrong)!r}: choose from {', '.join(NAMES)}", key="transports")
+    check_names(config.transports)
     advertised_host(config)
 
 
@@ -75,15 +75,9 @@ class Wires:
             server_tls=self._tls.server if self._tls else None,
             client_tls=self._tls.client if self._tls else None,
         )
-        for name in config.transports:
-            try:
-                transport = make_transport(name, tcp=options)
-            except OSError as error:
-                self.close()
-                raise ConfigError(
-                    f"tcp cannot listen on {options.host}: {error.strerror}", key="transport_host"
-                ) from error
-            self._transports.append(transport)
+        opened = open_transports(config.transports, options, config.mooncake)
+        self._transports += opened.values()
+        for name, transport in opened.items():
             self.offers[name] = PoolDescriptor.of(pool, transport.register(pool.region)).encode()
 
     def refresh_tls(self) -> None:
