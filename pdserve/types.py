@@ -325,7 +325,8 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class PromptStats:
-    """What became of a prompt: sent once, when its prefill is complete."""
+    """What became of a prompt: sent once, when its prefill is complete. From a DECODE request it says that all KV has
+    come, and no more."""
 
     handle: int
     num_prompt_tokens: int

@@ -45,7 +45,7 @@ from pdserve.errors import (
     WorkerLost,
 )
 from pdserve.metrics import WorkerMetrics
-from pdserve.types import KVTicket, WorkerInfo
+from pdserve.types import KVTicket, PromptStats, WorkerInfo
 from pdserve.wire import handover as wire
 from pdserve.wire.session import Relay
 from worker_core.engine_thread import EngineThread
@@ -53,6 +53,7 @@ from worker_core.identity import num_context_tokens
 from worker_core.jobs import Job, JobTable
 from worker_core.memory_port import MemoryPort
 from worker_core.peers import Peers, Source
+from worker_core.session import HANDLE_MASK
 
 TICK_S = 0.25
 """While imports are open: far below a third of a lease (10 s), and below it in tests with short ones."""
@@ -259,6 +260,8 @@ class Puller:
         self._sources.pop(action.handle, None)
         job = self._open.pop(action.handle)
         job.resumed = job.work_done = True
+        num_tokens = num_context_tokens(job.request)
+        job.session.add_prompt(PromptStats(action.handle & HANDLE_MASK, num_tokens, num_tokens))  # the router's clocks
         command = partial(_resume, action.handle, action.output_token_ids, action.finished)
         self._engine.submit(command, partial(self._jobs.fail, job))
 
