@@ -79,4 +79,9 @@ def _build_vllm(config: WorkerConfig, memory_factory: KVMemoryFactory) -> Handov
     from pdserve.engine.vllm.engine import VllmEngine
     from pdserve.engine.vllm.settings import settings_from_config
 
-    return VllmEngine(settings_from_config(config), memory_factory)
+    settings, events = settings_from_config(config), None
+    if settings.caches and "kv_events_config" not in settings.engine_args:
+        from kvstore.vllm_connector.events import EngineEvents
+
+        events = EngineEvents(settings.block_tokens)
+    return VllmEngine(settings, memory_factory, events)

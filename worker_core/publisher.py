@@ -121,6 +121,8 @@ class Publisher:
 
     def add(self, published: PublishedBlocks, tenant: Callable[[int], str | None]) -> None:
         """`tenant` tells whose choice a handle is; None: it has ended."""
+        if published.handle < 0:
+            return  # in a cache that nobody can copy from
         if self._link.client is None:
             self._chains.pop(published.handle, None)
             return

@@ -11,11 +11,13 @@ from pdserve.engine.vllm.requests import PARAMS_KEY
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A prefix that staging holds: tokens [0, num_tokens)."""
+    """What staging holds of a prefix: tokens from block `first_block` on, up to `num_tokens`. What comes before must
+    be in vLLM's own cache."""
 
     slot: int
+    first_block: int
     blocks: tuple[int, ...]
-    """Staging blocks; the i-th holds tokens from i * block_tokens."""
+    """Staging blocks for blocks `first_block` and on."""
     generations: tuple[int, ...]
     num_tokens: int
     digests: tuple[str, ...] = ()

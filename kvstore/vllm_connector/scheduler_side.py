@@ -36,6 +36,8 @@ class SchedulerSide:
         load = transfers_of(request.kv_transfer_params).load
         if load is None or request.request_id in self._decided:
             return 0
+        if num_computed_tokens < load.first_block * self._block_tokens:
+            return 0  # vLLM's cache has lost what it had when this was asked for
         return max(0, min(load.num_tokens, int(request.num_prompt_tokens)) - num_computed_tokens)
 
     def allocated(self, request: Any, vllm_blocks: list[int], num_loaded: int) -> None:

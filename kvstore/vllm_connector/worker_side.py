@@ -141,7 +141,8 @@ class WorkerSide:
         so that what was checked is what is decoded."""
         assert self._pages is not None
         pages, load = self._pages, copy.load
-        span = slice(first // pages.block_tokens, -(-last // pages.block_tokens))
+        start = first // pages.block_tokens - load.first_block
+        span = slice(start, start - (first - last) // pages.block_tokens)
         numbers, expected = list(load.blocks[span]), np.array(load.generations[span], dtype=np.uint64)
         stale = self._staging.generations[numbers] != expected
         private = self._staging.blocks[numbers]

@@ -73,7 +73,8 @@ class PublishedBlocks:
     """
 
     handle: int
-    """Of the choice; while the prompt is computed, of the request's first."""
+    """Of the choice; while the prompt is computed, of the request's first. Negative: told by key alone, of a cache that
+    nobody can copy from."""
     first_block: int
     """Position of the first one in the request's chain."""
     keys: tuple[bytes, ...]

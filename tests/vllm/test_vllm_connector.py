@@ -30,13 +30,21 @@ BLOCK = 16
 
 
 def request(
-    num_tokens: int, *, loads: int = 0, exports: bool = False, saves_from: int | None = None, name: str = "r"
+    num_tokens: int,
+    *,
+    loads: int = 0,
+    loads_from: int = 0,
+    exports: bool = False,
+    saves_from: int | None = None,
+    name: str = "r",
 ) -> SimpleNamespace:
     """Of so many prompt tokens: it loads the first `loads` (slot 2), and is exported or saved (slot 3)."""
+    count = -(-loads // BLOCK)
     load = {
         "slot": 2,
-        "blocks": list(range(100, 100 - (-loads // BLOCK))),
-        "generations": [1] * -(-loads // BLOCK),
+        "first_block": loads_from,
+        "blocks": list(range(100, 100 + count - loads_from)),
+        "generations": [1] * (count - loads_from),
         "num_tokens": loads,
         "digests": [],
     }
@@ -123,6 +131,15 @@ def test_a_load_happens_once_even_if_vllm_asks_again() -> None:
     side.allocated(wanted, [1, 2, 3, 4], 0)
     side.finished(wanted)
     assert side.plan(idle()) == Copies()
+
+
+def test_what_is_loaded_behind_vllms_own_cache_needs_it_to_be_there() -> None:
+    side, wanted = SchedulerSide(BLOCK), request(100, loads=96, loads_from=4)
+    assert side.num_loadable(wanted, 48) == 0, "it has lost a block of what it had"
+    assert side.num_loadable(wanted, 64) == 32
+    side.allocated(wanted, [1, 2, 3], 32)
+    (load,) = side.plan(idle()).loads
+    assert (load.first, load.last, load.load.blocks) == (64, 96, (100, 101))
 
 
 def test_a_load_that_is_not_needed_or_never_starts_is_dropped() -> None:
@@ -227,7 +244,7 @@ def test_a_long_load_goes_up_to_the_first_bad_block(bad_token: int | None, spoil
     vllm_blocks = tuple(reversed(range(-(-NUM_TOKENS // PAGE))))
     layers = tuple(torch.zeros(len(vllm_blocks), HEADS, PAGE, 2 * DIM) for _ in range(LAYERS))
     pages = PagedKV(layers, HalvesOrder(), BLOCK, PAGE)
-    load = Load(0, tuple(range(count)), (0,) * count, NUM_TOKENS, digests)
+    load = Load(0, 0, tuple(range(count)), (0,) * count, NUM_TOKENS, digests)
     copy = LoadCopy("r", load, 0, NUM_TOKENS, vllm_blocks)
     if bad_token is not None and spoil == "bytes":
         pool.blocks[bad_token // BLOCK, 7] ^= 1
@@ -270,7 +287,7 @@ def test_blocks_of_so_many_ranks_are_read_by_any_other_number_of_them(heads: int
     shape = (LAYERS, 2, heads, BLOCK, DIM)
     write_ranks(pool, savers, shape, content, num_tokens, vllm_blocks)
     digests = tuple(xxhash.xxh3_128_hexdigest(block) for block in pool.blocks)
-    load = LoadCopy("r", Load(1, tuple(range(10)), (0,) * 10, num_tokens, digests), 0, num_tokens, (0, 3, 5))
+    load = LoadCopy("r", Load(1, 0, tuple(range(10)), (0,) * 10, num_tokens, digests), 0, num_tokens, (0, 3, 5))
     for rank, part in enumerate(rank_slices(heads, loaders)):
         pages = empty_pages(part.stop - part.start)
         side = side_of(pool, loaders_board := TransferBoard.create(loaders, 2), shape, rank)

@@ -28,11 +28,12 @@ from pdserve.engine.vllm.exports import Exports, publish_context
 from pdserve.engine.vllm.fills import Fills
 from pdserve.engine.vllm.news import CacheEvents, CacheNews
 from pdserve.engine.vllm.outputs import end_of, failed, finish_of, read_tokens
-from pdserve.engine.vllm.requests import PARAMS_KEY, Choice, Live
+from pdserve.engine.vllm.requests import Choice, Live
 from pdserve.engine.vllm.saves import Saves
 from pdserve.engine.vllm.settings import VllmSettings
 from pdserve.engine.vllm.staging import StagingPool
 from pdserve.engine.vllm.start import import_vllm, make_memory, start_error
+from pdserve.engine.vllm.starter import Starter
 from pdserve.errors import EngineFailed, HandoverError, InvalidRequest, NotSupported
 from pdserve.types import EngineLoad, Finish, KVLayout, ModelInfo, Phase, PromptStats, Request
 
@@ -76,6 +77,7 @@ class VllmEngine:
             self._board.close()
             raise start_error(error, self._board.refusal) from error
         self._model: ModelInfo = replace(plan.model, eos_token_ids=self._driver.eos_token_ids)
+        self._starter = Starter(settings, self._model, self._staging, self._news, self._saves)
         self._live: dict[int, Live] = {}
         """By each of a request's handles."""
         self._waiting: deque[Live] = deque()
@@ -84,7 +86,6 @@ class VllmEngine:
         """By handle: what waits for an open fill only."""
         self._jobs: dict[Job, tuple[Live, Choice]] = {}
         self._finishes: list[Finish] = []
-        self._num_jobs = 0
         self._num_event_steps = 0
 
     @property
@@ -173,64 +174,9 @@ class VllmEngine:
         live.num_fetched_tokens = self._fills.close(live.handle) * self._layout.block_tokens
 
     def _submit_job(self, live: Live, choice: Choice) -> None:
-        from pdserve.engine.vllm.driver import Job
-        from pdserve.engine.vllm.sampling import choice_params
-
-        request = live.request
-        transfer = {"load": self._load_of(live, choice), "save": self._save_of(live, choice)}
-        room = self._model.max_model_len - len(live.vllm_prompt)
-        most = min(room, (request.params.max_tokens or self._model.max_model_len) - live.num_folded)
-        max_tokens = len(choice.forced) + 1 if live.phase is Phase.PREFILL else most
-        self._num_jobs += 1
-        choice.job = Job(
-            request_id=f"{request.request_id}-{choice.number}-{self._num_jobs}",
-            prompt=live.vllm_prompt,
-            params=choice_params(request, choice.number, max_tokens, choice.forced, {PARAMS_KEY: transfer}),
-            cache_salt=request.cache_root.hex(),
-            priority=request.priority,
-        )
+        choice.job = self._starter.job(live, choice)
         self._jobs[choice.job] = (live, choice)
         self._driver.submit(choice.job)
-
-    def _load_of(self, live: Live, choice: Choice) -> dict[str, Any] | None:
-        """What the connector is told to load: all that was handed over, or the prefix that is staged."""
-        if live.phase is Phase.DECODE:
-            assert choice.load_slot is not None, "a DECODE request was given slots with its blocks"
-            digests = [live.digests[index] for index in range(len(live.blocks))]
-            return self._load(choice.load_slot, live.blocks, live.num_context_tokens, digests)
-        if not self._settings.caches or not self._staging.num_free_slots:
-            return None
-        size = self._layout.block_tokens
-        blocks = self._staging.hold(live.keys(choice, len(live.vllm_prompt) // size, size))
-        if not blocks:
-            return None
-        _, (choice.load_slot,) = self._staging.allocate(0, 1) or ([], [])
-        self._staging.retire_blocks(blocks, [choice.load_slot])
-        return self._load(choice.load_slot, blocks, len(blocks) * size, self._staging.digests(blocks))
-
-    def _load(self, slot: int, blocks: list[int], num_tokens: int, digests: list[str]) -> dict[str, Any]:
-        return {
-            "slot": slot,
-            "blocks": list(blocks),
-            "generations": self._memory.generations[blocks].tolist(),
-            "num_tokens": num_tokens,
-            "digests": digests if self._settings.verify_loads else [],
-        }
-
-    def _save_of(self, live: Live, choice: Choice) -> dict[str, Any] | None:
-        """What the connector is told to save: a prompt for export, or for the store's sake what the store lacks."""
-        if live.phase is Phase.PREFILL:
-            if choice.save_slot is None:
-                return None
-            count = live.num_context_tokens
-            return {"slot": choice.save_slot, "first_block": 0, "blocks": list(live.blocks), "num_tokens": count}
-        if not self._settings.saves or not self._settings.caches:
-            return None
-        size, num_tokens = self._layout.block_tokens, live.num_context_tokens
-        first_block = num_tokens // size
-        if live.phase is Phase.FULL and choice.number == 0:
-            first_block = len(self._staging.books.lookup(live.keys(choice, first_block, size)))
-        return self._saves.begin(live, choice, first_block, num_tokens)
 
     def cancel(self, handle: int) -> None:
         live = self._live.get(handle)

@@ -92,6 +92,10 @@ class CacheNews:
         result.published = [still for taken in self._took if (still := _without(taken, gone)).keys]
         self._took, self._lost = [], {}
 
+    def num_own(self, keys: Sequence[bytes]) -> int:
+        """Leading ones of these that vLLM's own cache has."""
+        return next((index for index, key in enumerate(keys) if key not in self._own), len(keys))
+
     def knows(self, key: bytes) -> bool:
         return key in self._own or self._staging.books.find(key) is not None
 

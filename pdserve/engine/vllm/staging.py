@@ -37,6 +37,8 @@ class _Retired:
     slot: int | None
     waits_for: set[int]
     """Slots whose transfers have not been seen to end. Seen once is enough: the slot may be used again."""
+    first_block: int = 0
+    """Position of the first one in the chain that is loaded."""
     first_bad: int | None = None
     """Index of the first block that a load found bad."""
 
@@ -111,9 +113,10 @@ class StagingPool:
 
     # Giving back
 
-    def retire_blocks(self, blocks: Iterable[int], slots: Iterable[int] = ()) -> None:
-        """One holder less as soon as the transfers of these slots have ended: now, or at a `collect`."""
-        self._retire(_Retired(list(blocks), None, set(slots)))
+    def retire_blocks(self, blocks: Iterable[int], slots: Iterable[int] = (), first_block: int = 0) -> None:
+        """One holder less as soon as the transfers of these slots have ended: now, or at a `collect`. `first_block`:
+        where in its chain a load of theirs begins."""
+        self._retire(_Retired(list(blocks), None, set(slots), first_block))
 
     def retire_slot(self, slot: int) -> None:
         """Give a slot back as soon as its transfer has ended."""
@@ -138,7 +141,7 @@ class StagingPool:
         for slot in [slot for slot in entry.waits_for if self.board.ended(slot)]:
             entry.waits_for.discard(slot)
             if self.board.ending(slot) in (Ending.STALE, Ending.CORRUPT):
-                bad = self.board.num_tokens(slot) // self.block_tokens
+                bad = max(0, self.board.num_tokens(slot) // self.block_tokens - entry.first_block)
                 entry.first_bad = bad if entry.first_bad is None else min(bad, entry.first_bad)
         return not entry.waits_for
 
