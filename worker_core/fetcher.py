@@ -227,10 +227,11 @@ class Fetcher:
         try:
             cached = self._view.match(fetch.keys)
             first = cached if self._always else self._first_block(find, cached)
-            if first < len(find):
-                await self._fill(fetch, find, first, computes_meanwhile=first > cached)
-            else:
+            if first >= len(find):
                 self._metrics.store_recomputes.labels("slower").inc()
+            while first < len(find):  # more than once where they go through a staging area
+                filled = await self._fill(fetch, find, first, computes_meanwhile=first > cached)
+                first = first + filled if filled else len(find)
         finally:
             keeping.cancel()
             self._metrics.store_leases.dec()
@@ -239,12 +240,13 @@ class Fetcher:
     def _first_block(self, find: Find, cached: int) -> int:
         return self._planner.first_block(find.source, cached, len(find), self._tokens_waiting())
 
-    async def _fill(self, fetch: Fetch, find: Find, first: int, *, computes_meanwhile: bool) -> None:
+    async def _fill(self, fetch: Fetch, find: Find, first: int, *, computes_meanwhile: bool) -> int:
+        """Bring block `first` and as many more as the engine has room for; how many, 0 if some are missing."""
         key = fetch.job.key
         target = await self._open(fetch, fetch.keys[: len(find)], first)
         if target is None:
-            return
-        if computes_meanwhile:
+            return 0
+        if computes_meanwhile and not fetch.submitted:
             fetch.submitted = True
             self._submit(fetch.job)
         began = time.perf_counter()
@@ -262,6 +264,7 @@ class Fetcher:
         self._count(fetch, find, num_blocks - target.num_cached_blocks, time.perf_counter() - began)
         if error is not None:
             self._lost(find, error)
+        return num_blocks if num_blocks == len(target.blocks) else 0
 
     async def _open(self, fetch: Fetch, keys: Sequence[bytes], first: int) -> ImportTarget | None:
         """Blocks to write into; None, and counted, when the engine has no room for long."""

@@ -229,14 +229,16 @@ class Publisher:
         reserved = await client.reserve(keys, self._fingerprint, tenant=chain.tenant, extends=chain.extends)
         chain.extends = True
         statuses = reserved.statuses
-        if reserved.reservation_id:
-            wanted = [i for i, status in enumerate(statuses) if status == Status.RESERVED]
-            if len(blocks) == len(keys):
-                rows, fences = [blocks[i] for i in wanted], [generations[i] for i in wanted]
-                num_copied = await self._copy(client, reserved, rows, fences)
-            else:
-                num_copied = await self._copy_lent(client, reserved, [keys[i] for i in wanted])
+        wanted = [i for i, status in enumerate(statuses) if status == Status.RESERVED]
+        if wanted and len(blocks) == len(keys):
+            rows, fences = [blocks[i] for i in wanted], [generations[i] for i in wanted]
+            num_copied = await self._copy(client, reserved, rows, fences)
             self._metrics.store_publish_dropped.labels("reused").inc(len(wanted) - num_copied)
+        elif wanted:
+            num_copied = await self._copy_lent(client, reserved, [keys[i] for i in wanted])
+            chain.tries = 0 if num_copied else chain.tries
+            if num_copied < len(wanted):
+                return False
         if Status.BUSY in statuses:
             return False
         refused = sum(status == Status.NO_ROOM for status in statuses)

@@ -9,7 +9,7 @@ from itertools import count
 
 from pdserve.errors import PdserveError
 from pdserve.rpc import Channel, Tls
-from pdserve.types import EngineLoad, Finish, FinishReason, Logprobs, Phase, PromptStats, Request
+from pdserve.types import CacheDelta, EngineLoad, Finish, FinishReason, Logprobs, Phase, PromptStats, Request
 from pdserve.wire.session import (
     SESSION,
     Announcement,
@@ -75,6 +75,9 @@ class RouterSession:
         self.hellos: list[WorkerHello] = []
         self.load: EngineLoad | None = None
         self.draining = False
+        self.cache: set[bytes] | None = None
+        """Keys in the worker's prefix cache, once it told."""
+        self.num_cache_resets = 0
         self.num_steps = 0
         self.ended: asyncio.Future[PdserveError | None] = asyncio.get_running_loop().create_future()
         self.changed = asyncio.Event()
@@ -121,10 +124,20 @@ class RouterSession:
         if update.load is not None:
             self.load = update.load
         self.draining = self.draining or update.draining
+        if update.cache is not None:
+            self._take_cache(update.cache)
         if update.step is not None:
             self.num_steps += 1
             self._take_step(update.step)
         self.changed.set()
+
+    def _take_cache(self, delta: CacheDelta) -> None:
+        if delta.reset:
+            self.cache = set()
+            self.num_cache_resets += 1
+        assert self.cache is not None, "the first delta of a stream is a reset"
+        self.cache -= set(delta.removed)
+        self.cache |= set(delta.stored)
 
     def _take_step(self, step: StepColumns) -> None:
         touched = set()

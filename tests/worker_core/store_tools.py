@@ -14,7 +14,7 @@ from worker_pair import MODEL, running, until
 from kvstore.node.process import NodeStore
 from pdserve.types import Phase, Request, Role, SamplingParams
 from pdserve.wire.session import RouterUpdate, Submission
-from worker_core.worker import Worker
+from worker_core.worker import EngineBuilder, Worker
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "kvstore" / "node"))
 from node_tools import running_store
@@ -65,13 +65,15 @@ async def running_node(
 
 
 @asynccontextmanager
-async def joined(kvstore: NodeStore, workers: int = 1, **overrides: object) -> AsyncIterator[Node]:
+async def joined(
+    kvstore: NodeStore, workers: int = 1, build: EngineBuilder | None = None, **overrides: object
+) -> AsyncIterator[Node]:
     """Workers that use a store."""
     node = Node(kvstore)
     overrides = {"store": kvstore.address, "store_fetch": "always", **overrides}
     async with AsyncExitStack() as stack:
         for _ in range(workers):
-            worker = await stack.enter_async_context(running(Role.PREFILL, **overrides))
+            worker = await stack.enter_async_context(running(Role.PREFILL, build, **overrides))
             router = await RouterSession.open(worker.address)
             stack.push_async_callback(router.close)
             await worker.store.link.attached.wait()

@@ -166,15 +166,16 @@ async def until_free(*workers: Worker) -> None:
 
 def _check_nothing_is_remembered(worker: Worker) -> None:
     jobs, puller, exporter = worker.jobs, worker.puller, worker.exporter
-    left = (jobs._choices, puller._open, puller._sources, puller._running, exporter._open)
+    left = (jobs._choices, puller._open, puller._sources, puller._running, exporter._open, worker.store.fetcher)
     assert not any(left), left
+    assert worker.store.publisher is None or not worker.store.publisher._chains
     assert not len(jobs._deadlines)
 
 
 async def _is_free(worker: Worker) -> bool:
     load = await worker.engine.call(lambda engine: engine.load())
     in_engine = load.num_running + load.num_waiting + load.num_exported_blocks
-    in_worker = len(worker.jobs) + len(worker.exporter) + len(worker.puller)
+    in_worker = len(worker.jobs) + len(worker.exporter) + len(worker.puller) + len(worker.store.fetcher)
     return load.num_free_blocks == load.num_total_blocks and not in_engine and not in_worker
 
 

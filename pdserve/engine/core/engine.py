@@ -397,14 +397,16 @@ class LocalEngine:
         self._scheduler.stuck = False
 
     def cache_lend(self, keys: Seq[bytes]) -> tuple[int, ...] | None:
-        found = self._area.pool.lookup(keys)
+        found = self._area.pool.lookup(keys) if self._area.staged else []
         if not found or self._exports.has_pending:
             return None  # hand-overs go first
         self._area.pool.acquire(found)
         lent = self._area.export(found)
         self._area.pool.free(found[len(lent) :])
+        if not lent:
+            return None
         self._lent.append(lent)
-        return tuple(lent) or None
+        return tuple(lent)
 
     def cache_return(self, blocks: Seq[int]) -> None:
         self._lent.remove(list(blocks))

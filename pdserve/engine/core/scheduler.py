@@ -346,7 +346,8 @@ class Scheduler:
         if not group.context_done and not group.was_preempted:
             num_cached = group.num_cached_tokens + num_blocks * self._block_tokens
             group.num_cached_tokens = min(num_cached, seq.num_prompt_tokens)
-            group.num_fetched_tokens = max(group.num_fetched_tokens, num_fetched * self._block_tokens)
+            num_fetched = min(num_fetched * self._block_tokens, group.num_cached_tokens)
+            group.num_fetched_tokens = max(group.num_fetched_tokens, num_fetched)
 
     def _make_room(self, seq: Choice, batch: Batch) -> bool:
         """Blocks of its own for all tokens to be computed; False if it must sit this step out."""

@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
-from pdserve.engine.base import ExportedChunk, StepResult
+from pdserve.block_keys import KEY_BYTES, block_keys
+from pdserve.engine.base import ExportedChunk, ImportTarget, PublishedBlocks, StepResult
 from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.core.engine import LocalEngine
 from pdserve.engine.core.runner import Sampled, Scheduled
@@ -24,6 +25,14 @@ BLOCK = 4
 VOCAB = 50
 EOS = 7
 TOKEN_BYTES = 16
+
+
+def kv_of(token_ids: Sequence[int]) -> bytes:
+    """The KV that the twin computes for these tokens, all of it."""
+    kv = [b""]
+    for token_id in token_ids:
+        kv.append(_hash(kv[-1], token_id.to_bytes(4, "little")))
+    return b"".join(kv)
 
 
 def _hash(*parts: bytes) -> bytes:
@@ -147,6 +156,11 @@ class Collected:
         return result
 
 
+def keys_of(token_ids: Sequence[int]) -> list[bytes]:
+    packed = block_keys(bytes(KEY_BYTES), token_ids, BLOCK)
+    return [packed[i : i + KEY_BYTES] for i in range(0, len(packed), KEY_BYTES)]
+
+
 class Bench:
     """An engine on a twin, and what it has said."""
 
@@ -155,6 +169,10 @@ class Bench:
         self.runner = TwinRunner(host, max_model_len)
         self.engine = LocalEngine(self.runner, LocalMemory, CoreConfig(num_blocks=num_blocks, **settings))
         self.said = Collected()
+        self.view: set[bytes] = set()
+        """Keys in the prefix cache, as its news tell."""
+        self.fills: dict[int, tuple[ImportTarget, list[int], int]] = {}
+        """Open ones, by handle: target, tokens, first block."""
 
     def submit(self, prompt: Sequence[int], handle: int = 0, phase: Phase = Phase.FULL, **fields: Any) -> Request:
         request = make_request(prompt, **fields)
@@ -162,9 +180,60 @@ class Bench:
         return request
 
     def step(self) -> StepResult:
-        result = self.said.add(self.engine.step())
+        return self.take(self.engine.step())
+
+    def take(self, result: StepResult) -> StepResult:
+        """What a step gave: its news must make the cache's content known exactly."""
+        self.said.add(result)
+        self.view -= set(result.evicted)
+        self.view |= {key for published in result.published for key in published.keys}
+        assert self.view == set(self.engine.cached_keys())
+        for published in result.published:
+            self.check_published(published)
         self.engine.check_integrity()
         return result
+
+    def check_published(self, published: PublishedBlocks) -> None:
+        """Blocks whose generation is still the one that was told hold what the key says."""
+        if not published.blocks:
+            assert self.engine._area.staged
+            return
+        memory = self.engine.memory
+        for key, block, generation in zip(published.keys, published.blocks, published.generations, strict=True):
+            if memory.generations[block] == generation:
+                content = memory.blocks[block].tobytes()
+                assert self.known.setdefault(key, content) == content, "a key with other bytes"
+
+    keys_of = staticmethod(keys_of)
+    kv_of = staticmethod(kv_of)
+    known: ClassVar[dict[bytes, bytes]] = {}
+    """Bytes by key, of all engines: a key names the tokens that the bytes follow from."""
+
+    def open_fill(self, handle: int, token_ids: Sequence[int], num_blocks: int, first_block: int = 0) -> bool:
+        """As before a fetch; False if there is no room."""
+        keys = keys_of(token_ids)[:num_blocks]
+        target = self.engine.cache_open(handle, keys, first_block)
+        if target is None:
+            return False
+        assert 0 < len(target.blocks) <= len(keys) - first_block
+        self.fills[handle] = target, list(token_ids), first_block
+        return True
+
+    def end_fill(self, handle: int, num_blocks: int) -> None:
+        """Write so many of the blocks, rubbish into the others, and commit them."""
+        target, token_ids, first_block = self.fills.pop(handle)
+        kv, size = kv_of(token_ids), BLOCK * TOKEN_BYTES
+        for i, block in enumerate(target.blocks[target.num_cached_blocks :], target.num_cached_blocks):
+            start = (first_block + i) * size
+            content = kv[start : start + size] if i < num_blocks else b"?" * size
+            self.engine.memory.blocks[block] = np.frombuffer(content, dtype=np.uint8)
+        self.engine.cache_commit(handle, num_blocks)
+
+    def drop_fill(self, handle: int) -> None:
+        """Half-written, and not wanted any more."""
+        target, *_ = self.fills.pop(handle)
+        self.engine.memory.blocks[list(target.blocks[target.num_cached_blocks :])] = 0x3F
+        self.engine.cache_drop(handle)
 
     def drain(self, limit: int = 3000) -> Collected:
         for _ in range(limit):

@@ -380,7 +380,7 @@ def test_what_ends_between_schedule_and_finish_is_not_run(bench, alone):
     b.engine.cancel(0)
     b.engine.cancel_choice(1)
     late = b.submit(prompt_of(9, 3), handle=5, max_tokens=5)
-    b.said.add(b.engine.finish(batch))
+    b.take(b.engine.finish(batch))
     assert b.runner.batches == [[(1, 0, 9)]]
     said = b.drain()
     assert said.tokens == {2: alone(request)[1], 5: alone(late)[0]}

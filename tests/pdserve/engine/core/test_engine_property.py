@@ -74,6 +74,71 @@ class Machine(RuleBasedStateMachine):
             self.p.engine.submit(request, handle, Phase.PREFILL)
         self.tracks.append(track)
 
+    @rule(
+        length=st.sampled_from([8, 12, 17, 24, 29]),
+        tokens=st.integers(1, 12),
+        num_blocks=st.integers(1, 7),
+        first=st.integers(0, 4),
+        before=st.booleans(),
+        n=st.sampled_from([1, 1, 2]),
+        split=st.booleans(),
+    )
+    def arrive_with_a_fill(self, length, tokens, num_blocks, first, before, n, split):
+        """A part of the prompt is fetched, before the request runs or while it does."""
+        prompt = [*BASE[:length], 5]
+        bench = self.p if split else self.d
+        num_blocks = min(num_blocks, (len(prompt) - 1) // 4)
+        first = min(first, num_blocks - 1)
+        if not bench.open_fill(self.next_handle, prompt, num_blocks, first):
+            return
+        if before:
+            self.end_fill(bench, self.next_handle, num_blocks)
+        self.start(self.make_request(prompt, n=n, temperature=1.0, max_tokens=tokens), split, self.d)
+
+    def filling(self):
+        return [(bench, handle) for bench in (self.p, self.d) for handle in bench.fills]
+
+    def end_fill(self, bench, handle, num_blocks):
+        bench.end_fill(handle, num_blocks)
+
+    @precondition(lambda self: self.filling())
+    @rule(pick=picks, num_blocks=st.integers(0, 7))
+    def fetched(self, pick, num_blocks):
+        bench, handle = self.filling()[pick % len(self.filling())]
+        bench.end_fill(handle, num_blocks)
+
+    @precondition(lambda self: self.filling())
+    @rule(pick=picks)
+    def fetch_failed(self, pick):
+        bench, handle = self.filling()[pick % len(self.filling())]
+        bench.drop_fill(handle)
+
+    @rule(length=st.sampled_from([8, 17, 29]), which=st.booleans(), cancel=st.booleans())
+    def fetch_for_nobody(self, length, which, cancel):
+        """The request ended before it was submitted."""
+        bench, handle = (self.p if which else self.d), self.next_handle
+        self.next_handle += 10
+        if bench.open_fill(handle, [*BASE[:length], 6], length // 4):
+            if cancel:
+                bench.engine.cancel(handle)
+                bench.end_fill(handle, length // 4)
+            else:
+                bench.end_fill(handle, length // 4)
+                bench.engine.cancel(handle)
+
+    @rule(length=st.sampled_from([8, 17, 29]), variant=st.integers(0, 2), which=st.booleans())
+    def lend(self, length, variant, which):
+        """A copy for the store reads the right bytes."""
+        bench, prompt = (self.p if which else self.d), [*BASE[:length], variant]
+        lent = bench.engine.cache_lend(bench.keys_of(prompt))
+        if lent is None:
+            return
+        kv = bench.kv_of(prompt)
+        for i, block in enumerate(lent):
+            assert bench.engine.memory.blocks[block].tobytes() == kv[64 * i : 64 * i + 64]
+        bench.engine.check_integrity()
+        bench.engine.cache_return(lent)
+
     @rule(length=lengths, tokens=st.integers(1, 12))
     def arrive_at_prefill_worker(self, length, tokens):
         self.start(self.make_request([*BASE[:length], 9], temperature=1.0, max_tokens=tokens), False, self.p)
@@ -186,6 +251,8 @@ class Machine(RuleBasedStateMachine):
                 assert got == expected[choice][: len(got)], (track.handle, choice)
 
     def teardown(self):
+        for bench, handle in self.filling():
+            bench.drop_fill(handle)
         for _ in range(400):
             self.settle()
             if not self.live() and not self.p.engine.has_work() and not self.d.engine.has_work():
@@ -249,7 +316,7 @@ class Machine(RuleBasedStateMachine):
     def finish_flight(self, bench):
         batch = self.in_flight.pop(bench, None)
         if batch is not None:
-            bench.said.add(bench.engine.finish(batch))
+            bench.take(bench.engine.finish(batch))
 
     def pull_one(self, track, release):
         for chunk in self.chunks(track)[track.pulled : track.pulled + 1]:
