@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from pdserve_cli import bench_kv_trace
+from pdserve_cli import bench_kv, bench_kv_trace
 
 _BENCHES = {
+    "kv": (bench_kv, "GB/s and CPU of transports, the node's store and its disk, beside their peers"),
     "kv-trace": (bench_kv_trace, "block hit ratios of the KV store's eviction policies on a trace"),
 }
 
