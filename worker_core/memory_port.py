@@ -39,6 +39,7 @@ class MemoryPort:
 
     def make_pool(self, num_blocks: int, block_bytes: int) -> KVMemory:
         self._pool = SharedMemoryPool(num_blocks, block_bytes)
+        self._pool.populate()
         return self._pool
 
     @property

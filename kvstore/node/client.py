@@ -25,6 +25,8 @@ from pdserve.wire import store as wire
 
 CALL_TIMEOUT_S = 5.0
 """Of a control call; the store answers in well under a millisecond, a promotion from disk in some tens."""
+STEP_BYTES = 1 << 20
+"""Copied before it is digested: it lies in the second-level cache then, and is not fetched from memory twice."""
 
 
 class StoreClient:
@@ -34,6 +36,7 @@ class StoreClient:
         self._channel = channel
         self.attached = attached
         self.pool = SharedMemoryPool.attach(attached.segment)
+        self.pool.populate()
         self.lost = asyncio.get_running_loop().create_task(_until_end(stream))
 
     @classmethod
@@ -74,7 +77,8 @@ class StoreClient:
     def read(
         self, found: wire.Found, into: NDArray[np.uint8], blocks: Sequence[int], policy: DigestPolicy | None = None
     ) -> int:
-        """Copy `found` into rows `blocks` of `into` (shape [n, block_bytes], C-contiguous); returns the copies made.
+        """Copy `found` into rows `blocks` of `into` (shape [n, block_bytes], C-contiguous); returns in how many runs
+        they lie, on both sides.
 
         Blocks the calling thread. When it raises, those rows' content is undefined: `StaleBlock` (reused while it was
         read), `DigestMismatch`, `PeerLost` (the store died).
@@ -83,16 +87,23 @@ class StoreClient:
         expected = np.array(found.generations, np.uint64)
         slots = list(found.slots)
         self._check_generations(slots, expected)
-        flat = into.reshape(-1)
-        ranges = coalesce(slots, list(blocks), self.pool.block_bytes)
-        for r in ranges:
-            flat[r.local : r.local + r.length] = self.pool.region[r.remote : r.remote + r.length]
+        flat, chosen = into.reshape(-1), set((policy or digest_policy("shm")).chosen(len(slots)))
+        wrong: list[int] = []
+        for step in self._steps(len(slots)):
+            for r in coalesce(slots[step], blocks[step], self.pool.block_bytes):
+                flat[r.local : r.local + r.length] = self.pool.region[r.remote : r.remote + r.length]
+            indexes = chosen.intersection(range(step.start, step.stop))
+            wrong += [i for i in indexes if xxhash.xxh3_128_digest(into[blocks[i]]) != found.digests[i]]
         self._check_generations(slots, expected)
         self.pool.check_alive()
-        for i in (policy or digest_policy("shm")).chosen(len(slots)):
-            if xxhash.xxh3_128_digest(into[blocks[i]]) != found.digests[i]:
-                raise DigestMismatch(f"block {i} of {len(slots)} differs from what was stored: recompute it")
-        return len(ranges)
+        if wrong:
+            raise DigestMismatch(f"block {min(wrong)} of {len(slots)} differs from what was stored: recompute it")
+        return len(coalesce(slots, blocks, self.pool.block_bytes))
+
+    def _steps(self, count: int) -> list[slice]:
+        """`count` blocks in pieces of `STEP_BYTES`, one block at least."""
+        size = max(1, STEP_BYTES // self.pool.block_bytes)
+        return [slice(start, min(count, start + size)) for start in range(0, count, size)]
 
     def _check_generations(self, slots: Sequence[int], expected: NDArray[np.uint64]) -> None:
         stale = np.flatnonzero(self.pool.generations[slots] != expected)
@@ -126,11 +137,13 @@ class StoreClient:
 
     def write_slots(self, slots: Sequence[int], source: NDArray[np.uint8], rows: Sequence[int]) -> tuple[bytes, ...]:
         """The same for the leading ones of a reservation's slots: `rows[i]` of `source` goes to `slots[i]`."""
-        flat = source.reshape(-1)
+        flat, digests = source.reshape(-1), list[bytes]()
         self.pool.check_alive()
-        for r in coalesce(rows, slots, self.pool.block_bytes):
-            self.pool.region[r.local : r.local + r.length] = flat[r.remote : r.remote + r.length]
-        return tuple(xxhash.xxh3_128_digest(source[row]) for row in rows)
+        for step in self._steps(len(rows)):
+            for r in coalesce(rows[step], slots[step], self.pool.block_bytes):
+                self.pool.region[r.local : r.local + r.length] = flat[r.remote : r.remote + r.length]
+            digests += [xxhash.xxh3_128_digest(source[row]) for row in rows[step]]
+        return tuple(digests)
 
     async def commit(self, reserved: wire.Reserved, digests: Sequence[bytes]) -> int:
         """How many became visible. Raises `TicketRefused` (it lapsed), `DigestMismatch`."""

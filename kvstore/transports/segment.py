@@ -8,12 +8,15 @@ differs between PID namespaces and is reused. Each start sweeps segments that no
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
+import logging
 import mmap
 import os
 import secrets
 import stat
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,11 @@ from pdserve.errors import ConfigError, PeerLost
 
 SHM_DIR = Path("/dev/shm")
 PREFIX = "pdserve-kv-"
+_MADV_POPULATE_WRITE = 23
+"""Linux 5.14; Python 3.11's mmap has no name for it."""
+_POPULATE_STEP = 64 << 20
+
+log = logging.getLogger(__name__)
 
 
 class Segment(mmap.mmap):
@@ -85,6 +93,25 @@ def open_segment(name: str) -> tuple[Segment, int]:
     except PeerLost:
         os.close(fd)
         raise
+
+
+def populate(memory: NDArray[np.uint8]) -> None:
+    """Map all pages of a segment's array for writing, in a thread of its own; returns at once.
+
+    A page that is mapped at its first touch costs its writer a fault: 8 ms for 16 MB here, four times the copy itself.
+    An old kernel (before 5.14) does without.
+    """
+    threading.Thread(target=_populate, args=(memory,), name="kv-populate", daemon=True).start()
+
+
+def _populate(memory: NDArray[np.uint8]) -> None:
+    madvise = ctypes.CDLL(None, use_errno=True).madvise  # unlike mmap's own, it lets other threads run meanwhile
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    end = memory.ctypes.data + memory.nbytes // mmap.PAGESIZE * mmap.PAGESIZE
+    for start in range(memory.ctypes.data, end, _POPULATE_STEP):
+        if madvise(start, min(_POPULATE_STEP, end - start), _MADV_POPULATE_WRITE):
+            log.debug("pages are not mapped ahead: %s", os.strerror(ctypes.get_errno()))
+            return
 
 
 def owner_alive(fd: int) -> bool:

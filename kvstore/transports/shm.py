@@ -28,6 +28,7 @@ from kvstore.transports.segment import (
     host_id,
     open_segment,
     owner_alive,
+    populate,
     segment_of,
 )
 from pdserve.errors import ConfigError, PeerLost
@@ -127,6 +128,10 @@ class SharedMemoryPool:
         """For a mapped pool. Raises `PeerLost` when the owner closed it or died."""
         if self.closed or not self._finalizer.alive or not owner_alive(self._fd):
             raise PeerLost(f"the owner of shared memory {self.name} closed it or died")
+
+    def populate(self) -> None:
+        """Map its pages ahead of their first use, in the background: for whoever writes to it soon."""
+        populate(self.region)
 
     def close(self) -> None:
         """Owner: mark it closed, unlink it. Else: stop using it. Idempotent."""

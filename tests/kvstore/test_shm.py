@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,3 +138,37 @@ def test_a_part_of_a_pool_can_be_registered(pool: SharedMemoryPool) -> None:
 def test_the_host_id_is_stable() -> None:
     assert host_id() == host_id()
     assert len(host_id()) == 16
+
+
+def test_pages_mapped_ahead_hold_what_was_written() -> None:
+    """Populating runs beside a writer, on every page, and changes nothing."""
+    pool = SharedMemoryPool(64, 1 << 20)
+    pool.populate()
+    for block in range(64):
+        pool.blocks[block] = block
+    for thread in [t for t in threading.enumerate() if t.name == "kv-populate"]:
+        thread.join()
+    assert mapped_bytes(pool) >= 64 << 20
+    assert all((pool.blocks[block] == block).all() for block in range(64))
+    pool.close()
+
+
+def test_a_fresh_mapping_is_mapped_ahead_without_being_touched() -> None:
+    pool = SharedMemoryPool(64, 1 << 20)
+    other = SharedMemoryPool.attach(pool.name)
+    other.populate()
+    for thread in [t for t in threading.enumerate() if t.name == "kv-populate"]:
+        thread.join()
+    assert mapped_bytes(other) >= 64 << 20
+    other.close()
+    pool.close()
+
+
+def mapped_bytes(pool: SharedMemoryPool) -> int:
+    """What the kernel has in this process's page table of the pool's mapping."""
+    start = pool.region.ctypes.data
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        if line.startswith(f"{start:x}-"):
+            return next(int(entry.split()[1]) << 10 for entry in lines if entry.startswith("Rss:"))
+    raise AssertionError("the pool is not mapped")
