@@ -94,6 +94,7 @@ class Fetcher:
         self._submit = submit
         self._stored = stored
         self._tokens_waiting = tokens_waiting
+        self.read_bytes = READ_BYTES
         self._bulk = ThreadPoolExecutor(threads, "fetch")
         self._fetches: dict[int, Fetch] = {}
         self._releases: set[asyncio.Task[None]] = set()
@@ -129,7 +130,7 @@ class Fetcher:
     def drop(self, job: Job) -> None:
         """The request has ended: stop what is under way. Unknown jobs are ignored."""
         fetch = self._fetches.get(job.key)
-        if fetch is not None and fetch.task is not None:
+        if fetch is not None and fetch.task is not None and not fetch.dropped:
             fetch.dropped = True
             fetch.stop.set()
             fetch.task.cancel()
@@ -250,7 +251,7 @@ class Fetcher:
             fetch.submitted = True
             self._submit(fetch.job)
         began = time.perf_counter()
-        per_read = max(1, READ_BYTES // self._pool.block_bytes)
+        per_read = max(1, self.read_bytes // self._pool.block_bytes)
         reading = asyncio.get_running_loop().run_in_executor(
             self._bulk, _read_all, find, first, target, per_read, fetch.stop.is_set
         )
