@@ -35,7 +35,7 @@ class CacheView:
     def update(self, result: StepResult) -> CacheDelta:
         """Take over what a step changed. A published key may be known already: it was found, not made."""
         known = self._keys
-        removed = tuple(key for key in result.evicted if key in known)
+        removed = tuple(key for key in dict.fromkeys(result.evicted) if key in known)
         for key in removed:
             del known[key]
         stored: list[bytes] = []

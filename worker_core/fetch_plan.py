@@ -7,11 +7,14 @@ has not been measured yet is fetched, which measures it. Pure; the fetcher feeds
 from __future__ import annotations
 
 WEIGHT = 0.25
-"""Of a new sample in a running mean: the last dozen count."""
+"""Of a new sample in a running mean: the last dozen or two count."""
 MIN_STEP_TOKENS = 64
 """Prompt tokens of a step whose duration says something of prefill: in smaller ones the decodes weigh more."""
 MIN_SAMPLE_BYTES = 64 << 10
 """Smaller reads tell of overhead, not of bandwidth."""
+SPLIT_GAIN = 0.75
+"""Of the time that fetching all would take: only below it is a part computed meanwhile, which takes the engine's time
+from other requests."""
 RETRY_FACTOR = 0.97
 """A source that lost looks so much better the next time: a slow moment is forgiven after a few dozen prompts."""
 
@@ -70,8 +73,9 @@ class FetchPlanner:
             return computing if first == found else max(computing, fetching)
 
         best: int = min((*range(cached, found, self._chunk_blocks), found), key=finished_s)
-        if best > cached:
-            rate.value *= RETRY_FACTOR
+        if finished_s(best) > SPLIT_GAIN * finished_s(cached):
+            return cached
+        rate.value *= RETRY_FACTOR
         return best
 
     def _compute_s(self, num_blocks: int) -> float | None:
