@@ -1,4 +1,4 @@
-"""Packs a folder as a docker archive of one layer: archive.py OUT.tar NAME:TAG ROOTFS [options] -- COMMAND...
+"""Packs a folder as a docker archive of one layer: archive.py [options] OUT.tar NAME:TAG ROOTFS COMMAND...
 
 The same folder gives the same archive: entries are sorted, and times are cut off.
 """
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--user", default="0")
     parser.add_argument("--workdir", default="/")
     parser.add_argument("--env", action="append", default=[])
-    parser.add_argument("command", nargs="*")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
     pack(parser.parse_args())
 
 

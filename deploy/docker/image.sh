@@ -38,6 +38,7 @@ fi
 mkdir "$work/root"
 tar -C "$work/root" -xf "$base"
 
+export PIP_ROOT_USER_ACTION=ignore
 pip=("$python" -m pip --quiet --disable-pip-version-check)
 "${pip[@]}" wheel --no-deps --wheel-dir "$work" "$repo"
 chroot "$work/root" python3 -m venv --without-pip "$app"
@@ -53,8 +54,8 @@ rm -rf "$site/bin"
 printf '#!%s/bin/python\nimport sys\nfrom pdserve_cli.__main__ import main\nsys.exit(main())\n' "$app" >"$work/root$app/bin/pdserve"
 chmod 755 "$work/root$app/bin/pdserve"
 # Its root is read-only in the cluster: what is not compiled now is compiled at each start.
-chroot "$work/root" "$app/bin/python" -m compileall -q -j 0 "$app/lib" >/dev/null || true
+chroot "$work/root" "$app/bin/python" -m compileall -q "$app/lib" >/dev/null || true # some wheels carry templates
 chmod -R a+rX "$work/root$app"
 
-"$python" "$here/archive.py" "$out" "$tag" "$work/root" --user 10001:10001 --workdir /tmp \
-    --env "PATH=$app/bin:/usr/local/bin:/usr/bin:/bin" --env PYTHONUNBUFFERED=1 --env HOME=/tmp -- pdserve --help
+"$python" "$here/archive.py" --user 10001:10001 --workdir /tmp --env PYTHONUNBUFFERED=1 --env HOME=/tmp \
+    --env "PATH=$app/bin:/usr/local/bin:/usr/bin:/bin" "$out" "$tag" "$work/root" pdserve --help
