@@ -70,7 +70,8 @@ class TimingModel(Protocol):
 @dataclass(frozen=True, slots=True)
 class LinearTiming:
     """prefill = fixed + per_token * tokens + per_pair * pairs; decode = fixed + per_sequence * batch + per_context *
-    context tokens; a mixed step pays the larger fixed part once. All in ms."""
+    context tokens; a mixed step pays the larger fixed part once. All in ms. A fixed part below 0 comes from a fit
+    over long prompts; no step takes less than nothing."""
 
     prefill_fixed: float
     prefill_per_token: float
@@ -80,13 +81,13 @@ class LinearTiming:
     decode_per_context: float
 
     def step_ms(self, work: StepWork) -> float:
-        fixed = max(
-            self.prefill_fixed if work.prefill_tokens else 0.0,
-            self.decode_fixed if work.decodes else 0.0,
-        )
+        if not work.prefill_tokens:
+            fixed = self.decode_fixed if work.decodes else 0.0
+        else:
+            fixed = max(self.prefill_fixed, self.decode_fixed) if work.decodes else self.prefill_fixed
         prefill = self.prefill_per_token * work.prefill_tokens + self.prefill_per_pair * work.prefill_pairs
         decode = self.decode_per_sequence * work.decodes + self.decode_per_context * work.decode_context
-        return fixed + prefill + decode
+        return max(fixed + prefill + decode, 0.0)
 
 
 Points = Mapping[tuple[int, int], float]
@@ -154,10 +155,15 @@ _LINEAR = {
     "smollm2-135m-cpu": LinearTiming(0, 1.73, 0, 39, 5.2, 0.03),
     "opt-13b-a100-tp1": LinearTiming(18.10, 0.1019, 2 * 7.12e-6, 19.93, 0.0385, 6.27e-4),
     "opt-66b-a100-tp4": LinearTiming(29.44, 0.1514, 2 * 8.32e-6, 30.76, 0.0633, 4.52e-4),
+    "llama-3.1-8b-fp8-h200-dynamo": LinearTiming(
+        -1.6052173948657709, 0.022118130615323812, 0, 6.0904352718140125, 0.02032727557313175, 2.9340454713255832e-05
+    ),
 }
 """smollm2-135m-cpu: bf16 on one AVX512-bf16 core, a fit over contexts of 128 and 512 and batches of 1 to 16. The OPT
 fits are those of DistServe's simulator (github.com/LLMServe/DistServe, simdistserve; A100-80G, batches below 95);
-its prefill term is per squared length, which is two pairs."""
+its prefill term is per squared length, which is two pairs. llama-3.1-8b-fp8-h200-dynamo: what NVIDIA Dynamo's replay
+makes of the profile H200_TP1P_TP1D that its wheel carries (github.com/ai-dynamo/dynamo, Apache-2.0, version 1.4.2): its
+converter fits these very laws, so the coefficients are its table to 11 digits. It has no term for attention."""
 
 
 def load_table(source: Path | Traversable, model: str, system: str, tp: int) -> TableTiming:

@@ -28,6 +28,8 @@ from router.scheduling.stations import EXPECTED_OUTPUT_TOKENS, Station, context_
 LEAD_S = 0.005
 """An ask is bound this long before its worker is predicted to be free: a round trip, so that the worker never waits for
 the router."""
+TICK_S = 0.001
+"""Nothing is looked at again sooner than this on a prediction alone."""
 PLAN_DEPTH = 64
 """Asks of a queue that are planned at a time: enough to fill any pool, and a bound on the cost of one decision."""
 REACH_TTL_S = 0.25
@@ -131,10 +133,10 @@ class Conductor(Desk[WorkerT]):
         alone = self._alone_pays(ask, best, now)
         if alone is not None:
             return alone
-        if best.wait_s > LEAD_S:
+        if best.wait_s > LEAD_S + TICK_S:
             name = best.station.info.worker_id
             held[name] = held.get(name, 0.0) + best.fetch_s + best.prefill_s
-            at = now + best.wait_s - LEAD_S
+            at = now + max(best.wait_s - LEAD_S, TICK_S)
             self._wakeup = at if self._wakeup is None else min(self._wakeup, at)
             return None
         return self._bind(ask, best, options, notes, now)
