@@ -22,7 +22,7 @@ from pdserve_cli.chaos_kills import ROLES, Killer
 from pdserve_cli.chaos_load import Load
 from pdserve_cli.chaos_rest import at_rest, verified
 from pdserve_cli.cluster import Cluster, ClusterSpec, Member
-from pdserve_cli.disk_faults import corrupt_folder
+from pdserve_cli.disk_faults import Rot
 from pdserve_cli.parity_alone import generate_alone
 from pdserve_cli.parity_cases import MAX_REPLY, make_cases
 from pdserve_cli.parity_types import OUTPUTS, Case
@@ -142,7 +142,7 @@ def _spec(arguments: argparse.Namespace, cases: Sequence[Case], disk: str) -> Cl
         **PROFILES[arguments.engine].worker,
         "num_blocks": pools.worker,
         "ticket_lease_s": _LEASE_S,
-        "transports": ["shm", "tcp"],
+        "store_fetch": "always",
     }
     size = block_bytes({"engine": arguments.engine, "model": arguments.model, **worker})
     return ClusterSpec(
@@ -153,7 +153,7 @@ def _spec(arguments: argparse.Namespace, cases: Sequence[Case], disk: str) -> Cl
         engine=arguments.engine,
         model=arguments.model,
         worker=worker,
-        router={**_BOUNDS_S, "connect_backoff_s": 0.2},
+        router={**_BOUNDS_S, "connect_backoff_s": 0.2, "disaggregate": "always"},
         stable_ports=True,
     )
 
@@ -163,9 +163,11 @@ async def _storm(arguments: argparse.Namespace, cluster: Cluster, load: Load, di
     profile = PROFILES[arguments.engine]
     rng = random.Random(report.seed)
 
+    rot = Rot(arguments.corrupt, rng)
+
     def corrupt(member: Member) -> None:
         if arguments.corrupt and member.role == "kvstore":
-            report.corrupted += corrupt_folder(Path(disk) / member.name, arguments.corrupt, rng)
+            report.corrupted += rot.strike(Path(disk) / member.name)
 
     killer = Killer(cluster, load.outages, rng, profile.gap_s, _say, between=corrupt)
     loading = asyncio.ensure_future(load.run(arguments.clients or profile.clients))

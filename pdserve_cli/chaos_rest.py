@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 
-from pdserve.rpc import Channel
-from pdserve.wire import Method, RequestT, ResponseT
-from pdserve.wire import store as wire
+from pdserve_cli import store_calls
 from pdserve_cli.cluster import Cluster, Member, total
 
 REST_S = 60.0
 """All bounds by which something is freed (leases, tickets, time-outs) end within it."""
 _POLL_S = 0.1
-_CALL_S = 60.0
 _WORKER_FIGURES = (
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
@@ -50,25 +47,17 @@ async def _figures(cluster: Cluster, member: Member) -> dict[str, float]:
 
 
 async def _store_figures(member: Member) -> dict[str, float]:
-    stat = await _call(member, wire.STAT, wire.StatQuery())
-    return {name: float(getattr(stat, name)) for name in _STORE_FIGURES}
+    found = await store_calls.stat(member)
+    return {name: float(getattr(found, name)) for name in _STORE_FIGURES}
 
 
 async def verified(cluster: Cluster, *, disk_may_be_wrong: bool = False) -> list[str]:
     """Every block of every store compared with its digest; what was wrong."""
     found = []
     for store in cluster.stores:
-        result = await _call(store, wire.VERIFY, wire.Verify(all=True))
+        result = await store_calls.verify(store)
         if result.corrupt:
             found.append(f"{store.name}: {len(result.corrupt)} wrong blocks in memory")
         if result.corrupt_on_disk and not disk_may_be_wrong:
             found.append(f"{store.name}: {result.corrupt_on_disk} wrong blocks on disk")
     return found
-
-
-async def _call(member: Member, method: Method[RequestT, ResponseT], request: RequestT) -> ResponseT:
-    channel = Channel(member.ready["address"])
-    try:
-        return await channel.call(method, request, timeout_s=_CALL_S)
-    finally:
-        await channel.close()

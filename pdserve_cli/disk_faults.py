@@ -5,27 +5,37 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvstore.disk.folder import SUFFIX
 from kvstore.disk.record import PAGE, Record, RecordInvalid, decode_header
 
 
-def corrupt_folder(folder: Path, every: int, rng: random.Random) -> int:
-    """Flip one byte in the payload of every `every`-th live record, starting at a random one; returns how many.
+@dataclass(slots=True)
+class Rot:
+    """Strikes as often as it is told, and no record twice: a bit that flips back would be no fault."""
 
-    The store may run: it is what a disk does to it.
-    """
-    chosen = rng.randrange(every)
-    flipped = 0
-    for path in sorted(folder.glob("*" + SUFFIX)):
-        with path.open("r+b", buffering=0) as file:
-            for record in list(live_records(path)):
-                if chosen % every == 0:
-                    _flip(file.fileno(), record.offset + PAGE + rng.randrange(record.length), rng)
-                    flipped += 1
-                chosen += 1
-    return flipped
+    every: int
+    rng: random.Random
+    struck: set[tuple[Path, int, int]] = field(default_factory=set)
+    """File, offset and sequence of each record that was corrupted."""
+
+    def strike(self, folder: Path) -> int:
+        """Flip a bit in the payload of every `every`-th live record, beginning with a random one; returns how many.
+
+        The store may run meanwhile: that is how a disk does it, too.
+        """
+        number = self.rng.randrange(self.every)
+        before = len(self.struck)
+        for path in sorted(folder.rglob("*" + SUFFIX)):
+            for record in live_records(path):
+                name = (path, record.offset, record.sequence)
+                if number % self.every == 0 and name not in self.struck:
+                    flip_bit(path, record.offset + PAGE + self.rng.randrange(record.length), self.rng)
+                    self.struck.add(name)
+                number += 1
+        return len(self.struck) - before
 
 
 def live_records(path: Path) -> Iterator[Record]:
@@ -34,20 +44,30 @@ def live_records(path: Path) -> Iterator[Record]:
     data = memoryview(path.read_bytes())
     offset = 0
     while offset + PAGE <= len(data):
-        try:
-            header = decode_header(data[offset : offset + PAGE])
-        except RecordInvalid:
+        record, live = _record_at(number, offset, data)
+        if record is None:
             offset += PAGE
             continue
-        record = header.record
-        if (record.segment, record.offset) != (number, offset) or record.end > len(data):
-            offset += PAGE
-            continue
-        if header.live:
+        if live:
             yield record
         offset = record.end
 
 
-def _flip(fd: int, offset: int, rng: random.Random) -> None:
-    byte = os.pread(fd, 1, offset)[0]
-    os.pwrite(fd, bytes([byte ^ (1 << rng.randrange(8))]), offset)
+def _record_at(number: int, offset: int, data: memoryview) -> tuple[Record | None, bool]:
+    """The record whose header stands here, if one does, and whether it is live."""
+    try:
+        header = decode_header(data[offset : offset + PAGE])
+    except RecordInvalid:
+        return None, False
+    record = header.record
+    here = (record.segment, record.offset) == (number, offset) and record.length and record.end <= len(data)
+    return (record, header.live) if here else (None, False)
+
+
+def flip_bit(path: Path, offset: int, rng: random.Random) -> None:
+    """One bit of the byte at `offset`."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.pwrite(fd, bytes([os.pread(fd, 1, offset)[0] ^ (1 << rng.randrange(8))]), offset)
+    finally:
+        os.close(fd)

@@ -40,12 +40,16 @@ class Report:
     store: bool
     hits: dict[str, int]
     unused_tiers: list[str]
+    corrupted: int = 0
+    """Blocks on disk that `--corrupt` struck; `caught`: how many wrong blocks the stores found there."""
+    caught: int = 0
+    uncaught: list[str] = field(default_factory=list)
     mismatches: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
         identical = self.identical_single == self.prompts and self.identical_reference in (None, self.prompts)
-        return identical and not self.unused_tiers
+        return identical and not self.unused_tiers and not self.uncaught
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 runs deterministic")
     parser.add_argument("--store", choices=("on", "off"), help="the KV store (on; off with --engine vllm)")
     parser.add_argument("--tiers", default="hbm", help="with the store: must have given blocks (hbm)")
+    parser.add_argument("--corrupt", type=int, default=0, metavar="N", help="corrupt every Nth block on disk meanwhile")
     parser.add_argument("--transport", choices=("all", "shm", "tcp"), default="all")
     parser.add_argument("--chunk", type=int, action="append", metavar="N", help="chunk sizes, repeatable (96, 512)")
     parser.add_argument("--batch", type=int, action="append", metavar="N", help="concurrency, repeatable (1, 16)")
@@ -95,7 +100,9 @@ def zip_longest_last(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int]
 async def _run(arguments: argparse.Namespace) -> Report:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS))
     store = (arguments.store or ("off" if arguments.engine == "vllm" else "on")) == "on"
-    setting = Setting(arguments.engine, arguments.model, arguments.dtype, store)
+    setting = Setting(
+        arguments.engine, arguments.model, arguments.dtype, store, arguments.corrupt if store else 0, arguments.seed
+    )
     cases = make_cases(arguments.prompts, arguments.seed, arguments.model, arguments.max_prompt)
     tokens = sum(len(case.prompt) for case in cases)
     _say(f"{len(cases)} prompts, {tokens} tokens, seed {arguments.seed}, store {'on' if store else 'off'}")
@@ -135,5 +142,8 @@ def _report(
         store=store,
         hits=found.hits,
         unused_tiers=[tier for tier in claimed if not found.hits.get(tier)],
+        corrupted=found.corrupted,
+        caught=found.caught,
+        uncaught=found.uncaught,
         mismatches=[found.wrong[index] for index in sorted(found.wrong)][:_MAX_SHOWN],
     )

@@ -8,8 +8,10 @@ fetched: from the node's own store, or from the other's.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pdserve.errors import PdserveError
@@ -17,12 +19,15 @@ from pdserve_cli.block_bytes import block_bytes
 from pdserve_cli.client import Answer, stream
 from pdserve_cli.cluster import Cluster, ClusterSpec
 from pdserve_cli.parity_cases import MAX_REPLY
+from pdserve_cli.parity_rot import DiskRot
 from pdserve_cli.parity_types import OUTPUTS, ROUNDS, SEEDED, Case, Run, prompt_of
 from pdserve_cli.tiers import TIERS, TinyPools, hits, scratch
 
 _TIMEOUT_S = 600.0
 """Of every leg: with tiny pools most requests wait for room, and nothing is wrong with that."""
-_TIMEOUTS = ("prefill_timeout_s", "transfer_timeout_s", "decode_timeout_s")
+_SIM_TIMING = {"sim.timing": "fixed", "sim.prefill_ms": 4.0, "sim.decode_ms": 0.5}
+"""No engine is faster: one that needs no time at all would outrun every disk, and little would ever be stored."""
+_TIMEOUTS = ("prefill_timeout_s", "transfer_timeout_s", "decode_timeout_s", "queue_timeout_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,9 @@ class Setting:
     model: str
     dtype: str
     store: bool
+    corrupt_every: int = 0
+    """Corrupt every Nth block on disk: between the first rounds while the stores run, later while they are down."""
+    seed: int = 0
 
 
 @dataclass(slots=True)
@@ -53,6 +61,9 @@ class Findings:
     kv_bytes_moved: int = 0
     cached_tokens: int = 0
     hits: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TIERS, 0))
+    corrupted: int = 0
+    caught: int = 0
+    uncaught: list[str] = field(default_factory=list)
     cells: int = 0
 
 
@@ -61,13 +72,23 @@ async def run_cell(setting: Setting, cell: Cell, cases: Sequence[Case], alone: S
     with scratch() as disk:
         async with Cluster(_spec(setting, cell, cases, disk)) as cluster:
             model = await cluster.model_name()
+            rot = DiskRot(cluster, Path(disk), setting.corrupt_every, random.Random(setting.seed))
             for round_, url in zip(ROUNDS, await _urls(cluster), strict=True):
                 await _round(url, model, round_, cell, cases, alone, found)
-            for member in cluster.workers:
-                found.kv_bytes_moved += int(await cluster.metric(member, "pdserve_kv_pulled_bytes_total"))
-            for tier, blocks in (await hits(cluster)).items():
-                found.hits[tier] += blocks
+                await rot.after(round_)
+            await _sum_up(cluster, rot, found)
     found.cells += 1
+
+
+async def _sum_up(cluster: Cluster, rot: DiskRot, found: Findings) -> None:
+    for member in cluster.workers:
+        found.kv_bytes_moved += int(await cluster.metric(member, "pdserve_kv_pulled_bytes_total"))
+    for tier, blocks in (await hits(cluster)).items():
+        found.hits[tier] += blocks + rot.hits[tier]
+    await rot.finish()
+    found.corrupted += rot.corrupted
+    found.caught += rot.caught
+    found.uncaught += rot.uncaught
 
 
 def _spec(setting: Setting, cell: Cell, cases: Sequence[Case], disk: str) -> ClusterSpec:
@@ -78,11 +99,15 @@ def _spec(setting: Setting, cell: Cell, cases: Sequence[Case], disk: str) -> Clu
         "deterministic": setting.dtype == "bf16" and setting.engine == "torch",
         "kv_memory_bytes": 2 << 30,
         "relay_timeout_s": _TIMEOUT_S,
+        "store_fetch": "always",
+        **(_SIM_TIMING if setting.engine == "sim" else {}),
     }
     base = {"engine": setting.engine, "model": setting.model}
-    router = dict.fromkeys(_TIMEOUTS, _TIMEOUT_S)
+    router = {"disaggregate": "always", **dict.fromkeys(_TIMEOUTS, _TIMEOUT_S)}
     if not setting.store:
-        return ClusterSpec(engine=setting.engine, model=setting.model, worker=worker, start_timeout_s=_TIMEOUT_S)
+        return ClusterSpec(
+            engine=setting.engine, model=setting.model, worker=worker, router=router, start_timeout_s=_TIMEOUT_S
+        )
     pools = TinyPools.of([len(case.prompt) + 2 * OUTPUTS + MAX_REPLY for case in cases])
     worker["num_blocks"] = pools.worker
     store = pools.store(block_bytes({**base, **worker}), disk)
@@ -96,6 +121,7 @@ def _spec(setting: Setting, cell: Cell, cases: Sequence[Case], disk: str) -> Clu
         worker=worker,
         router=router,
         start_timeout_s=_TIMEOUT_S,
+        stable_ports=setting.corrupt_every > 0,
     )
 
 

@@ -16,6 +16,9 @@ _DISK_BLOCKS = 20_000
 _RECORD_BYTES = 4096
 """Of a disk record beside the block: header page and padding are at most this each."""
 
+_WATERMARKS = {"high_watermark": 0.5, "low_watermark": 0.25}
+"""Blocks go to disk early: with the usual few per cent of a tiny pool free, most of a prompt would find no room."""
+
 
 @dataclass(frozen=True, slots=True)
 class TinyPools:
@@ -29,12 +32,13 @@ class TinyPools:
     def of(cls, lengths: Sequence[int]) -> TinyPools:
         """For requests of these many tokens (prompt and output)."""
         blocks = [-(-length // BLOCK_TOKENS) for length in lengths]
-        return cls(worker=max(max(blocks) * 5 // 4 + 8, sum(blocks) // 6), dram=max(24, sum(blocks) // 16))
+        return cls(worker=max(max(blocks) * 5 // 4 + 8, sum(blocks) // 6), dram=max(96, max(blocks) // 2))
 
     def store(self, block_bytes: int, disk: str) -> dict[str, object]:
         """Config of a store with a disk tier in this folder."""
         record = block_bytes + 2 * _RECORD_BYTES
-        return {"num_blocks": self.dram, "disk.path": disk, "disk.capacity_bytes": max(64 << 20, _DISK_BLOCKS * record)}
+        capacity = max(64 << 20, _DISK_BLOCKS * record)
+        return {"num_blocks": self.dram, **_WATERMARKS, "disk.path": disk, "disk.capacity_bytes": capacity}
 
 
 def scratch() -> tempfile.TemporaryDirectory[str]:
@@ -53,6 +57,8 @@ async def hits(cluster: Cluster, members: Iterable[Member] | None = None) -> dic
 
 
 def _hits_of(role: str, samples: Mapping[str, float]) -> dict[str, float]:
+    """DRAM: of the node's own store. Disk is told by the store that brought the blocks up, for whoever asked."""
     if role == "kvstore":
-        return {tier: total(samples, "pdserve_kvstore_hit_blocks_total", tier=tier) for tier in ("dram", "disk")}
-    return {"hbm": total(samples, "vllm:prefix_cache_hits") / BLOCK_TOKENS}
+        return {"disk": total(samples, "pdserve_kvstore_hit_blocks_total", tier="disk")}
+    tokens = {tier: total(samples, "pdserve_prefix_tokens_total", tier=tier) for tier in ("hbm", "dram", "peer")}
+    return {tier: count / BLOCK_TOKENS for tier, count in tokens.items()}
