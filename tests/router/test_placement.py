@@ -1,0 +1,352 @@
+"""How requests come to their workers: queues, retries, migration, the index and its audit. Real workers, sim engine."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from pdserve.engine.core.config import CoreConfig
+from pdserve.engine.sim import SimEngineConfig, expected_tokens
+from pdserve.engine.timing import LinearTiming
+from pdserve.errors import DeadlineExceeded, ModelNotFound, NoWorker, Overloaded, WorkerLost
+from pdserve.types import CacheDelta, Role
+from router.request import Timeouts
+
+SLOW_DECODE = LinearTiming(0, 0, 0, 5.0, 0, 0)
+SLOW_PREFILL = LinearTiming(60.0, 0, 0, 0, 0, 0)
+"""60 ms a chunk of 64 tokens."""
+STUCK = LinearTiming(400.0, 0, 0, 400.0, 0, 0)
+CONDUCTOR = {"policy": "conductor"}
+
+
+async def drop_streams(worker):
+    await worker._server._server.stop(0)
+
+
+# ---- retries and migration ----
+
+
+async def test_with_nobody_else_the_loss_itself_is_told(house, sink, incoming):
+    lost = await house.worker(Role.PREFILL, "p0", timing=STUCK)
+    await house.worker(Role.DECODE, "d0")
+    core, got = await house.core(max_retries=2), sink()
+    handle = core.submit(incoming("x" * 300, max_tokens=9), got)
+    await drop_streams(lost)
+    await got.result()
+    assert isinstance(got.error, WorkerLost)
+    assert (got.error.leg, got.error.work_done) == ("prefill", False)
+    assert [attempt.outcome for attempt in core.catalog.find(handle.request_id).attempts] == ["worker_lost"]
+    await house.wait_idle(house.workers[1])
+
+
+async def test_a_lost_prefill_is_done_elsewhere(house, sink, incoming):
+    stuck = await house.worker(Role.PREFILL, "p0", timing=STUCK)
+    await house.worker(Role.PREFILL, "p1", timing=STUCK)
+    await house.worker(Role.DECODE, "d0")
+    core = await house.core(max_retries=2)
+    sinks = [sink() for _ in range(4)]
+    handles = [core.submit(incoming("x" * 100 + str(i), max_tokens=9), got) for i, got in enumerate(sinks)]
+    first = [handle for handle in handles if handle.record.prefill_worker == "p0"]
+    assert first
+    await drop_streams(stuck)
+    for handle, got in zip(handles, sinks, strict=True):
+        await got.result()
+        assert got.error is None
+        assert got.token_ids[0] == expected_tokens(house.sim, handle.request)
+    record = core.catalog.find(first[0].request_id)
+    assert [attempt.outcome for attempt in record.attempts] == ["worker_lost", "ok"]
+    assert record.prefill_worker == "p1"
+    await house.wait_idle(*house.workers[1:])
+
+
+@pytest.mark.parametrize("stop", [(), ("never in the text",)])
+async def test_a_lost_decode_migrates_with_no_gap_and_no_repeat(house, sink, incoming, stop):
+    await house.worker(Role.PREFILL, "p0")
+    for name in ("d0", "d1"):
+        await house.worker(Role.DECODE, name, timing=SLOW_DECODE)
+    core, got = await house.core(max_retries=2), sink()
+    got.wanted = 6
+    handle = core.submit(incoming("x" * 100, max_tokens=60, temperature=0.8, seed=3, stop=stop), got)
+    await asyncio.wait_for(got.some.wait(), 10)
+    first = handle.record.decode_worker
+    await drop_streams(next(worker for worker in house.workers if worker.info.worker_id == first))
+    await got.result()
+    assert got.error is None
+    assert got.token_ids[0] == expected_tokens(house.sim, handle.request)
+    record = core.catalog.find(handle.request_id)
+    assert [attempt.outcome for attempt in record.attempts] == ["worker_lost", "ok"]
+    assert record.attempts[1].num_prior_tokens >= 6
+    assert record.decode_worker != first
+    assert got.usage.completion_tokens == 60
+    await house.wait_idle(*(worker for worker in house.workers if worker.info.worker_id != first))
+
+
+async def test_several_choices_that_have_output_cannot_move(house, sink, incoming):
+    await house.worker(Role.PREFILL, "p0")
+    for name in ("d0", "d1"):
+        await house.worker(Role.DECODE, name, timing=SLOW_DECODE)
+    core, got = await house.core(max_retries=2), sink()
+    got.wanted = 6
+    handle = core.submit(incoming("x" * 100, n=2, max_tokens=600), got)
+    await asyncio.wait_for(got.some.wait(), 10)
+    first = handle.record.decode_worker
+    await drop_streams(next(worker for worker in house.workers if worker.info.worker_id == first))
+    await got.result()
+    assert isinstance(got.error, WorkerLost)
+    assert got.error.work_done
+
+
+async def test_retries_are_bounded_and_end_in_the_error_of_the_last_worker(house, sink, incoming):
+    for name in ("d0", "d1", "d2"):
+        await house.worker(Role.DECODE, name, timing=SLOW_DECODE)
+    core, got = await house.core(max_retries=1, placement={"disaggregate": "never"}), sink()
+    handle = core.submit(incoming("x" * 100, max_tokens=3000), got)
+    for wanted in (3, 40):
+        got.some.clear()
+        got.wanted = wanted
+        await asyncio.wait_for(got.some.wait(), 10)
+        name = handle.record.decode_worker
+        await drop_streams(next(worker for worker in house.workers if worker.info.worker_id == name))
+    await got.result()
+    assert (got.error.reason, got.error.leg, got.error.work_done) == ("worker_lost", "decode", True)
+    assert len(core.catalog.find(handle.request_id).attempts) == 2
+
+
+async def test_a_submission_that_crosses_a_drain_notice_goes_elsewhere(house, sink, incoming):
+    draining = await house.worker(Role.PREFILL, "p0")
+    await house.worker(Role.PREFILL, "p1")
+    await house.worker(Role.DECODE, "d0")
+    core = await house.core(max_retries=2)
+    sinks = [sink() for _ in range(6)]
+    draining.jobs.draining = True  # it has decided to go, and its notice is not out yet
+    handles = [core.submit(incoming("x" * 40 + str(i), max_tokens=5), got) for i, got in enumerate(sinks)]
+    link = next(link for link in house.fleets[0].links if link.info.worker_id == "p0")
+    link.draining = True
+    house.fleets[0].changed()
+    for handle, got in zip(handles, sinks, strict=True):
+        await got.result()
+        assert got.error is None
+        assert got.token_ids[0] == expected_tokens(house.sim, handle.request)
+    outcomes = {core.catalog.find(handle.request_id).attempts[0].outcome for handle in handles}
+    assert outcomes == {"draining", "ok"}
+
+
+# ---- the queue ----
+
+
+async def test_requests_wait_at_the_router_until_a_worker_is_free(house, sink, incoming):
+    await house.worker(Role.PREFILL, "p0", timing=SLOW_PREFILL)
+    await house.worker(Role.DECODE, "d0")
+    core = await house.core(placement=CONDUCTOR)
+    sinks = [sink() for _ in range(6)]
+    handles = [core.submit(incoming(f"{i}" * 300, max_tokens=4), got) for i, got in enumerate(sinks)]
+    assert core.served[0].placer.num_waiting >= 4
+    for handle, got in zip(handles, sinks, strict=True):
+        await got.result()
+        assert got.token_ids[0] == expected_tokens(house.sim, handle.request)
+    waited = [core.catalog.find(handle.request_id).last.waited_s for handle in handles]
+    assert waited[0] < 0.01
+    assert waited[-1] > 0.1
+    await house.wait_idle()
+
+
+async def test_a_request_that_waits_can_be_cancelled(house, sink, incoming):
+    await house.worker(Role.PREFILL, "p0", timing=SLOW_PREFILL)
+    await house.worker(Role.DECODE, "d0")
+    core = await house.core(placement=CONDUCTOR)
+    sinks = [sink() for _ in range(4)]
+    handles = [core.submit(incoming(f"{i}" * 300, max_tokens=4), got) for i, got in enumerate(sinks)]
+    assert handles[-1].waiting
+    handles[-1].cancel()
+    for got in sinks[:-1]:
+        await got.result()
+    assert not sinks[-1].over.is_set()
+    record = core.catalog.find(handles[-1].request_id)
+    assert (record.outcome, record.attempts) == ("cancelled", [])
+    assert core.admission.num_inflight == core.served[0].placer.num_waiting == 0
+    await house.wait_idle()
+
+
+async def test_a_request_waits_no_longer_than_the_queue_allows(house, sink, incoming):
+    await house.worker(Role.PREFILL, "p0", timing=STUCK)
+    await house.worker(Role.DECODE, "d0")
+    core = await house.core(placement=CONDUCTOR, timeouts=Timeouts(10, 10, 10, queue_s=0.05))
+    sinks = [sink() for _ in range(3)]
+    for i, got in enumerate(sinks):
+        core.submit(incoming(f"{i}" * 300, max_tokens=4), got)
+    await sinks[-1].result()
+    assert isinstance(sinks[-1].error, DeadlineExceeded)
+    assert (sinks[-1].error.leg, sinks[-1].error.work_done) == ("queue", False)
+
+
+async def test_those_that_wait_are_told_when_the_last_worker_goes(house, sink, incoming):
+    lost = await house.worker(Role.PREFILL, "p0", timing=STUCK)
+    await house.worker(Role.DECODE, "d0")
+    core = await house.core(placement={**CONDUCTOR, "disaggregate": "always"})
+    sinks = [sink() for _ in range(3)]
+    for i, got in enumerate(sinks):
+        core.submit(incoming(f"{i}" * 300, max_tokens=4), got)
+    assert core.served[0].placer.num_waiting
+    await drop_streams(lost)
+    for got in sinks:
+        await got.result()
+    assert {type(got.error) for got in sinks} <= {WorkerLost, NoWorker, type(None)}
+    assert core.admission.num_inflight == 0
+
+
+async def test_a_full_queue_refuses_with_a_time_to_come_back(house, sink, incoming):
+    await house.worker(Role.PREFILL, "p0", timing=STUCK)
+    await house.worker(Role.DECODE, "d0")
+    core = await house.core(placement=CONDUCTOR, max_waiting=2)
+    sinks = [sink() for _ in range(3)]
+    for i, got in enumerate(sinks):
+        core.submit(incoming(f"{i}" * 300, max_tokens=4), got)
+    assert core.served[0].placer.num_waiting == 2
+    with pytest.raises(Overloaded, match="wait for a worker") as caught:
+        core.submit(incoming("z" * 300), sink())
+    assert caught.value.retry_after_s >= 0.1
+    urgent = sink()
+    core.submit(replace(incoming("y" * 300), priority=-1), urgent)
+    assert isinstance(sinks[2].error, Overloaded)  # the newest of the less important made room
+    assert core.served[0].placer.num_waiting == 2
+
+
+# ---- several models ----
+
+
+async def test_each_model_has_its_own_workers_names_and_bounds(house, sink, incoming):
+    await house.pair()
+    small = replace(house.sim, model=replace(house.sim.model, name="small", max_model_len=64))
+    for role, name in ((Role.PREFILL, "sp"), (Role.DECODE, "sd")):
+        await house.worker(role, name, sim=small, model_name="small")
+    core = await house.core(models={"tiny": ("t",), "small": ("s",)})
+    assert {model.name for model in core.models()} == {"tiny", "t", "small", "s"}
+    for name, workers in (("t", ("p0", "d0")), ("small", ("sp", "sd"))):
+        got = sink()
+        handle = core.submit(incoming("abc" * 10, model=name, max_tokens=4), got)
+        await got.result()
+        record = core.catalog.find(handle.request_id)
+        assert (record.prefill_worker, record.decode_worker) == workers
+    with pytest.raises(ModelNotFound, match="'tiny', 'small'"):
+        core.submit(incoming(model="nope"), sink())
+    with pytest.raises(Exception, match="64 tokens"):
+        core.submit(incoming("x" * 80, model="s"), sink())
+
+
+async def test_one_model_without_workers_leaves_the_other_alone(house, sink, incoming):
+    await house.pair()
+    core, got = await house.core(models={"tiny": (), "gone": ()}), sink()
+    assert core.ready() is None
+    assert {model.name for model in core.models()} == {"tiny"}
+    core.submit(incoming(max_tokens=3), got)
+    await got.result()
+    with pytest.raises(NoWorker, match="no worker for gone"):
+        core.submit(incoming(model="gone"), sink())
+
+
+# ---- the index ----
+
+
+async def ask(core, sink, incoming, text, **given):
+    got = sink()
+    handle = core.submit(incoming(text, **given), got)
+    await got.result()
+    assert got.error is None
+    return core.catalog.find(handle.request_id)
+
+
+async def test_a_prompt_goes_where_its_prefix_is(house, sink, incoming):
+    for name in ("p0", "p1", "p2"):
+        await house.worker(Role.PREFILL, name)
+    await house.worker(Role.DECODE, "d0")
+    core = await house.core(placement={**CONDUCTOR, "disaggregate": "always"})
+    records = [await ask(core, sink, incoming, "s" * 1600 + f" turn {turn}", max_tokens=2) for turn in range(6)]
+    believed = [record.last.forecast.num_cached_tokens for record in records]
+    assert believed == [record.num_cached_tokens for record in records]
+    assert sum(tokens == 0 for tokens in believed) <= 3  # the bound on load may have each worker compute it once
+    assert all(tokens >= 1584 for tokens in believed[3:])
+
+
+async def test_what_a_worker_tells_replaces_what_was_guessed(house, wait_until):
+    await house.pair()
+    core = await house.core()
+    link = house.fleets[0].links[0]
+    keys = bytes(range(32))
+    fingerprint = link.info.fingerprint
+    link.on_cache(CacheDelta(stored=(keys[:16],), reset=True))
+    assert core.prefixes.match(keys, fingerprint)[link.info.worker_id].hbm == 1
+    link.on_cache(CacheDelta(stored=(keys[16:],)))
+    assert core.prefixes.match(keys, fingerprint)[link.info.worker_id].hbm == 2
+    link.on_cache(CacheDelta(removed=(keys[:16],)))
+    assert link.info.worker_id not in core.prefixes.match(keys, fingerprint)
+    assert core.prefixes.source(link.info) == "events"
+    link.on_cache(CacheDelta(stored=(keys[:16],), reset=True))
+    house.fleets[0].links.remove(link)
+    house.fleets[0].changed()
+    assert not core.prefixes.match(keys, fingerprint)
+    house.fleets[0].links.append(link)
+
+
+async def test_a_worker_that_lies_of_its_cache_is_found_and_ignored(house, sink, incoming):
+    """It forgets everything and says nothing."""
+    forgetful = SimEngineConfig(
+        core=CoreConfig(num_blocks=1024, max_num_seqs=64, chunk_tokens=64, prefix_cache=False), model=house.sim.model
+    )
+    liar = await house.worker(Role.PREFILL, "liar", sim=forgetful)
+    await house.worker(Role.PREFILL, "p1")
+    await house.worker(Role.DECODE, "d0")
+    core = await house.core(placement={**CONDUCTOR, "disaggregate": "always"})
+    link = next(link for link in house.fleets[0].links if link.info.worker_id == "liar")
+    records = []
+    for i in range(12):
+        text = f"prompt number {i} " * 20
+        handle_keys = core.served[0].prompts.request(incoming(text), core.served[0].bounds()).block_keys
+        keys = tuple(handle_keys[at : at + 16] for at in range(0, len(handle_keys), 16))
+        link.on_cache(CacheDelta(stored=keys, reset=i == 0))
+        records.append(await ask(core, sink, incoming, text, max_tokens=2))
+    to_liar = [record for record in records if record.prefill_worker == "liar"]
+    assert len(to_liar) >= 8
+    assert all(record.num_cached_tokens == 0 for record in to_liar)
+    assert core.prefixes.source(link.info) == "distrusted"
+    assert records[-1].last.forecast.num_cached_tokens == 0
+    found = house.registry.get_sample_value("pdserve_prefix_distrusted_total", {"worker_id": "liar"})
+    assert found == 1
+    assert liar.info.worker_id == "liar"
+
+
+async def test_a_worker_that_tells_nothing_is_guessed_at(house, sink, incoming):
+    for name in ("p0", "p1"):
+        await house.worker(Role.PREFILL, name)
+    await house.worker(Role.DECODE, "d0")
+    core = await house.core(placement={**CONDUCTOR, "disaggregate": "always"})
+    for link in house.fleets[0].links:
+        cache = core.prefixes._links[link]
+        link.on_cache = lambda delta: None
+        core.prefixes._caches.remove(link.info)
+        core.prefixes._caches.add(link.info)
+        assert cache is not None
+    records = [await ask(core, sink, incoming, "g" * 800, max_tokens=2) for _ in range(5)]
+    assert core.prefixes.source(house.fleets[0].links[0].info) == "guess"
+    believed = [record.last.forecast.num_cached_tokens for record in records]
+    assert believed[0] == 0
+    assert all(tokens >= 784 for tokens in believed[2:])
+
+
+async def test_the_record_tells_why_and_what_came_of_it(house, sink, incoming):
+    await house.pair()
+    core = await house.core(placement={**CONDUCTOR, "disaggregate": "always"})
+    secret = "a secret prompt " * 30
+    record = await ask(core, sink, incoming, secret, max_tokens=8)
+    plain = core.record(record.request_id)
+    attempt = plain["attempts"][0]
+    assert attempt["picks"][0]["candidates"]
+    assert attempt["forecast"]["ttft_s"] > 0
+    assert attempt["observed"]["ttft_s"] > 0
+    assert attempt["observed"]["queue_decode_s"] is not None
+    assert 0 <= attempt["first_token_s"] <= attempt["kv_arrived_s"] <= attempt["decode_started_s"] <= plain["ended_s"]
+    assert "secret" not in str(plain)
+    legs = ("tokenise", "queue_prefill", "prefill", "transfer", "queue_decode", "decode")
+    counts = [
+        house.registry.get_sample_value("pdserve_leg_seconds_count", {"model_name": "tiny", "leg": leg}) for leg in legs
+    ]
+    assert counts == [1] * 6
