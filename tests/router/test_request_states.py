@@ -5,7 +5,7 @@ import asyncio
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pdserve.errors import EngineFailed, WorkerLost
+from pdserve.errors import Draining, EngineFailed, StaleBlock, WorkerLost
 from pdserve.tokens import StopMatcher
 from pdserve.types import Finish, FinishReason, ModelInfo, PromptStats, Request, Role, SamplingParams, WorkerInfo
 from pdserve.wire.session import Announcement, RouterHello, RouterUpdate, StepColumns
@@ -106,13 +106,15 @@ class FakeWorker:
         update, self.link._pending = self.link._pending, RouterUpdate()
         for submission in update.submissions:
             self.handle, self.n = submission.handle, submission.request.params.n
-            self.holds, self.open = True, set(range(self.n))
-            self.index = dict.fromkeys(range(self.n), 0)
+            self.holds, self.open, self.outputs = True, set(range(self.n)), None
+            given = submission.request.output_token_ids
+            self.base = len(given[0]) if given else 0
+            self.index = dict.fromkeys(range(self.n), self.base)
         for relay in update.relays:
             if relay.outputs:
                 self.outputs = relay.outputs
                 self.open -= {i for i, output in enumerate(relay.outputs) if output.finished}
-                self.index = dict.fromkeys(self.open, 1)
+                self.index = dict.fromkeys(self.open, self.base + 1)
         for handle in update.choice_cancels:
             self.open.discard(handle - self.handle)
             self.holds = self.holds and bool(self.open)
@@ -193,9 +195,9 @@ class House:
 
     def prefill_gives(self, choice, token_id, finish):
         worker = self.prefill
-        if worker.holds and choice in worker.open and worker.index[choice] == 0:
+        if worker.holds and choice in worker.open and worker.index[choice] == worker.base:
             worker.give(choice, token_id, finish)
-            if all(worker.index.values()) and not worker.open:
+            if not worker.open:
                 worker.holds = False
 
     def decode_gives(self, choice, token_id, finish):
@@ -219,7 +221,8 @@ class House:
             stats = PromptStats(self.prefill.handle, 3, 1)
             self.prefill.link._on_step(StepColumns([], [], (), [], prompts=[stats], announcements=[announcement]))
         elif kind == "error" and (worker := self.workers[flag % 2]).holds:
-            error = Finish(worker.handle + choice, FinishReason.ERROR, 0, error=EngineFailed("broken"))
+            kinds = EngineFailed("broken"), StaleBlock("reused"), Draining("going"), WorkerLost("peer")
+            error = Finish(worker.handle + choice, FinishReason.ERROR, 0, error=kinds[(choice + flag) % 4])
             worker.holds, worker.open = False, set()
             worker.link._on_step(StepColumns([], [], (), [], [error]))
         elif kind == "lose" and not (worker := self.workers[flag % 2]).lost:
@@ -228,6 +231,8 @@ class House:
             self.clock.advance(11.0)
         elif kind == "cancel":
             self.active.cancel()
+        self.read()
+        self.places.run()
         self.read()
 
 
@@ -239,14 +244,18 @@ ONE_STOPS_AT_DECODE = [("prefill", 0, 0), ("prefill", 1, 0), ("decode", 0, 1), (
 ONE_STOPS_AT_PREFILL = [("prefill", 0, 1), ("prefill", 1, 0), ("decode", 0, 0), ("decode", 1, 2)]
 
 
-@example(n=2, alone=False, stop=True, events=ONE_STOPS_AT_DECODE)
-@example(n=2, alone=False, stop=True, events=ONE_STOPS_AT_PREFILL)
-@example(n=2, alone=True, stop=True, events=ONE_STOPS_AT_DECODE[2:])
-@given(n=st.integers(1, 3), alone=st.booleans(), stop=st.booleans(), events=EVENTS)
+LOST_AND_DONE_AGAIN = [("prefill", 0, 0), ("decode", 0, 0), ("error", 0, 1), ("prefill", 0, 0), ("decode", 0, 2)]
+
+
+@example(n=2, alone=False, stop=True, retries=0, events=ONE_STOPS_AT_DECODE)
+@example(n=2, alone=False, stop=True, retries=0, events=ONE_STOPS_AT_PREFILL)
+@example(n=2, alone=True, stop=True, retries=0, events=ONE_STOPS_AT_DECODE[2:])
+@example(n=1, alone=False, stop=False, retries=2, events=LOST_AND_DONE_AGAIN)
+@given(n=st.integers(1, 3), alone=st.booleans(), stop=st.booleans(), retries=st.sampled_from([0, 2]), events=EVENTS)
 @settings(max_examples=300, deadline=None)
-def test_whatever_happens_a_request_ends_once_and_leaves_nothing(n, alone, stop, events):
+def test_whatever_happens_a_request_ends_once_and_leaves_nothing(n, alone, stop, retries, events):
     async def go():
-        house = House(n, alone, stop)
+        house = House(n, alone, stop, retries)
         for event in events:
             house.run(event)
         for _ in range(3):  # silence ends it at the latest
@@ -255,7 +264,8 @@ def test_whatever_happens_a_request_ends_once_and_leaves_nothing(n, alone, stop,
 
     house = asyncio.run(go())
     assert house.active.done
-    assert len(house.ends) == 1
+    assert len(house.ends) == house.places.ends == 1
+    assert len(house.active.record.attempts) <= retries + 1
     cancelled = house.active.record.outcome == "cancelled"
     assert house.client.done != cancelled
     assert house.client.error is not None or cancelled or len(house.client.finished) == n
@@ -266,7 +276,7 @@ def test_whatever_happens_a_request_ends_once_and_leaves_nothing(n, alone, stop,
         own = worker.link.own
         assert (own.num_seqs, own.num_prefill_tokens, own.num_context_tokens) == (0, 0, 0)
     for choice, count in house.client.tokens.items():
-        assert count == house.active.choices[choice].num_tokens
+        assert count == house.active.choices[choice].num_tokens == len(house.active.choices[choice].token_ids)
 
 
 def test_a_clock_that_was_put_off_does_not_fire_at_its_old_time():
