@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdserve.engine.base import KVMemory, StepResult
+from pdserve.engine.core.batch import Batch
 from pdserve.engine.core.blocks import CachePolicy
 from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.core.engine import LocalEngine
 from pdserve.engine.core.runner import Sampled, Scheduled, Sequence
-from pdserve.engine.core.scheduler import Batch
 from pdserve.engine.timing import StepWork, TimingModel
 from pdserve.types import KVLayout, ModelInfo
 from simulator.events import EventQueue

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pdserve.engine.base import KVMemoryFactory, StepResult
+from pdserve.engine.core.batch import Batch
 from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.core.engine import LocalEngine
-from pdserve.engine.core.scheduler import Batch
 from pdserve.engine.sim_kv import chain, digest, initial_state
 from pdserve.engine.sim_runner import SimRunner
 from pdserve.engine.sim_sampling import NUM_CANDIDATES, Vocabulary, sample

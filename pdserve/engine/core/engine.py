@@ -19,21 +19,24 @@ from dataclasses import replace
 from itertools import chain
 
 from pdserve.engine.base import ImportTarget, KVMemory, KVMemoryFactory, StepResult
+from pdserve.engine.core.batch import Batch
 from pdserve.engine.core.blocks import CachePolicy
+from pdserve.engine.core.cache_face import CacheFace
 from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.core.fills import Fills
-from pdserve.engine.core.handover import Exports, Import
+from pdserve.engine.core.handover import Exports, Import, check_resume
 from pdserve.engine.core.handover_area import Clock, open_area
 from pdserve.engine.core.news import CacheNews
+from pdserve.engine.core.prefix_cache import PrefixCache
 from pdserve.engine.core.runner import ModelRunner, Sampled
-from pdserve.engine.core.scheduler import Batch, Reservation, Scheduler
+from pdserve.engine.core.scheduler import Reservation, Scheduler
 from pdserve.engine.core.sequences import Choice, Group, Work, check_request, end_of
-from pdserve.errors import HandoverError, InvalidRequest, PdserveError
+from pdserve.errors import InvalidRequest, PdserveError
 from pdserve.types import EngineLoad, Finish, FinishReason, KVLayout, ModelInfo, Phase, PromptStats, Request, StepOutput
 
 
-class LocalEngine:
-    """A `pdserve.engine.base.HandoverEngine` over one `ModelRunner`.
+class LocalEngine(CacheFace):
+    """A `pdserve.engine.base.HandoverEngine` and `KVCache` over one `ModelRunner`.
 
     `model.max_model_len` is the runner's, or what the pool holds if that is less: so every request that is taken fits
     when it runs alone, and none waits for ever.
@@ -57,7 +60,8 @@ class LocalEngine:
         self._area = open_area(runner, memory_factory, config, cache_policy, clock)
         self._news = CacheNews(self._area)
         self._fills = Fills(self._area, self._news)
-        self._scheduler = Scheduler(config, self._area.pool, self._block_tokens, self._fills, self._news)
+        self._cache = PrefixCache(self._area.pool, self._fills, self._news, self._block_tokens, config.prefix_cache)
+        self._scheduler = Scheduler(config, self._area.pool, self._cache, self._fills)
         self._exports = Exports(self._area, self._block_tokens)
         self._imports: dict[int, Import] = {}
         self._lent: list[list[int]] = []
@@ -291,7 +295,7 @@ class LocalEngine:
         fork.num_computed_tokens = carrier.num_computed_tokens
         fork.num_published = carrier.num_published
         if fork.handle != carrier.handle:
-            self._scheduler.tell(fork, 0)
+            self._cache.tell(fork, 0)
 
     # Hand-over
 
@@ -323,7 +327,7 @@ class LocalEngine:
         incoming.commit(first_token, num_tokens)
         carrier = self._groups[handle].carrier
         carrier.num_computed_tokens = incoming.num_ready_tokens
-        self._scheduler.publish(carrier)
+        self._cache.publish(carrier)
         self._scheduler.stuck = False
 
     def resume(self, handle: int, output_token_ids: Seq[Seq[int]], finished: Seq[bool]) -> None:
@@ -331,7 +335,7 @@ class LocalEngine:
         `output_token_ids`. Raises `KeyError` as `import_commit` does, and `HandoverError` while a part of the context
         is missing."""
         incoming, group = self._imports[handle], self._groups[handle]
-        self._check_resume(group, incoming, output_token_ids, finished)
+        check_resume(group, incoming, output_token_ids, finished, self._model.vocab_size)
         incoming.abandon()
         del self._imports[handle]
         group.context_done = True
@@ -354,19 +358,6 @@ class LocalEngine:
         if group.open:
             self._scheduler.add(group.carrier)
 
-    def _check_resume(self, group: Group, incoming: Import, outputs: Seq[Seq[int]], finished: Seq[bool]) -> None:
-        n = group.request.params.n
-        if len(outputs) != n or len(finished) != n:
-            raise InvalidRequest(f"{len(outputs)} outputs and {len(finished)} ends for n = {n}", param="outputs")
-        if not incoming.complete:
-            ready, total = incoming.num_ready_tokens, incoming.num_tokens
-            raise HandoverError(f"only {ready} of {total} context tokens have arrived")
-        for choice in group.open:
-            if not finished[choice] and not outputs[choice]:
-                raise HandoverError(f"choice {choice} has no output to go on from")
-            if not all(0 <= token_id < self._model.vocab_size for token_id in outputs[choice]):
-                raise HandoverError(f"choice {choice} has token ids outside the vocabulary")
-
     def _expect_import(self, group: Group) -> None:
         carrier = group.carrier
         num_tokens = len(carrier.token_ids)
@@ -381,42 +372,6 @@ class LocalEngine:
             if not group.carrier.block_table:
                 self._scheduler.withdraw(incoming.reservation)
 
-    # Prefix cache
-
-    def cache_open(self, handle: int, keys: Seq[bytes], first_block: int = 0) -> ImportTarget | None:
-        if not self._config.prefix_cache:
-            return None
-        return self._fills.open(handle, keys, first_block, self._scheduler.room_for_fill())
-
-    def cache_commit(self, handle: int, num_blocks: int) -> None:
-        self._fills.commit(handle, num_blocks)
-        self._scheduler.stuck = False
-
-    def cache_drop(self, handle: int) -> None:
-        self._fills.drop(handle)
-        self._scheduler.stuck = False
-
-    def cache_lend(self, keys: Seq[bytes]) -> tuple[int, ...] | None:
-        found = self._area.pool.lookup(keys) if self._area.staged else []
-        if not found or self._exports.has_pending:
-            return None  # hand-overs go first
-        self._area.pool.acquire(found)
-        lent = self._area.export(found)
-        self._area.pool.free(found[len(lent) :])
-        if not lent:
-            return None
-        self._lent.append(lent)
-        return tuple(lent)
-
-    def cache_return(self, blocks: Seq[int]) -> None:
-        self._lent.remove(list(blocks))
-        self._area.release(blocks)
-        self._scheduler.stuck = False
-
-    def cached_keys(self) -> list[bytes]:
-        """Every key that the prefix cache can find."""
-        return self._area.pool.keys()
-
     # State
 
     def load(self) -> EngineLoad:
@@ -429,8 +384,8 @@ class LocalEngine:
             num_exported_blocks=self._exports.num_blocks,
             num_prefill_tokens_waiting=scheduler.num_prefill_tokens_waiting,
             num_preemptions=scheduler.num_preemptions,
-            prefix_cache_queries=scheduler.num_queried_tokens,
-            prefix_cache_hits=scheduler.num_hit_tokens,
+            prefix_cache_queries=self._cache.num_queried_tokens,
+            prefix_cache_hits=self._cache.num_hit_tokens,
         )
 
     def close(self) -> None:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pdserve.engine.base import ExportedChunk, ImportTarget
 from pdserve.engine.core.handover_area import HandoverArea
 from pdserve.engine.core.scheduler import Reservation
-from pdserve.errors import HandoverError
+from pdserve.engine.core.sequences import Group
+from pdserve.errors import HandoverError, InvalidRequest
 
 
 @dataclass(slots=True)
@@ -220,3 +221,20 @@ class Import:
                 f"chunk [{first_token}, {end}) is not whole blocks of a {self.num_tokens} token context"
             )
         return first_token // self.block_tokens, -(-end // self.block_tokens)
+
+
+def check_resume(
+    group: Group, incoming: Import, outputs: Sequence[Sequence[int]], finished: Sequence[bool], vocab_size: int
+) -> None:
+    """Whether what prefill sampled fits the request. Raises `InvalidRequest`, `HandoverError`."""
+    n = group.request.params.n
+    if len(outputs) != n or len(finished) != n:
+        raise InvalidRequest(f"{len(outputs)} outputs and {len(finished)} ends for n = {n}", param="outputs")
+    if not incoming.complete:
+        ready, total = incoming.num_ready_tokens, incoming.num_tokens
+        raise HandoverError(f"only {ready} of {total} context tokens have arrived")
+    for choice in group.open:
+        if not finished[choice] and not outputs[choice]:
+            raise HandoverError(f"choice {choice} has no output to go on from")
+        if not all(0 <= token_id < vocab_size for token_id in outputs[choice]):
+            raise HandoverError(f"choice {choice} has token ids outside the vocabulary")

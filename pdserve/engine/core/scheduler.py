@@ -16,39 +16,15 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from pdserve.engine.core.batch import Batch
 from pdserve.engine.core.blocks import BlockManager
 from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.core.fills import Fills
-from pdserve.engine.core.news import CacheNews
+from pdserve.engine.core.prefix_cache import PrefixCache
 from pdserve.engine.core.sequences import Choice, Group, Order, Work
 from pdserve.types import Phase
-
-
-@dataclass(slots=True)
-class Batch:
-    """What one step is going to compute."""
-
-    items: list[Work] = field(default_factory=list)
-    copy_sources: list[int] = field(default_factory=list)
-    copy_targets: list[int] = field(default_factory=list)
-    """Pool blocks that were copied on write for this step."""
-    num_prompt_tokens: int = 0
-    """Of prompts, and of what is recomputed."""
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(item.num_tokens for item in self.items)
-
-    @property
-    def num_context_tokens(self) -> int:
-        """Tokens whose KV is read, new ones included."""
-        return sum(item.start + item.num_tokens for item in self.items)
-
-    @property
-    def num_sampled_tokens(self) -> int:
-        return sum(len(item.choices) for item in self.items)
 
 
 @dataclass(slots=True, eq=False)
@@ -67,9 +43,7 @@ def _order(entry: Choice | Reservation) -> Order:
 class Scheduler:
     """Owns the queues and the block tables of all sequences that are to run."""
 
-    def __init__(
-        self, config: CoreConfig, pool: BlockManager, block_tokens: int, fills: Fills, news: CacheNews
-    ) -> None:
+    def __init__(self, config: CoreConfig, pool: BlockManager, cache: PrefixCache, fills: Fills) -> None:
         self.decoding: list[Choice] = []
         self.prefilling: list[Choice] = []
         self.waiting: list[Choice] = []
@@ -80,13 +54,11 @@ class Scheduler:
         self.stuck = False
         """Nothing could be scheduled; only an event from outside can change that."""
         self.num_preemptions = 0
-        self.num_queried_tokens = 0
-        self.num_hit_tokens = 0
         self._config = config
         self._pool = pool
+        self._cache = cache
         self._fills = fills
-        self._news = news
-        self._block_tokens = block_tokens
+        self._block_tokens = cache.block_tokens
         self._watermark = int(config.watermark * pool.num_blocks)
         self._step = 0
 
@@ -150,7 +122,7 @@ class Scheduler:
         if not reservation.granted and not self._take_over(reservation):
             return False
         self.withdraw(reservation)
-        table = self._pool.open_table(self.cached_keys(seq, len(seq.token_ids)), reservation.num_blocks)
+        table = self._pool.open_table(self._cache.keys_of(seq, len(seq.token_ids)), reservation.num_blocks)
         assert table is not None, "what was reserved is there"
         self._hold(seq, *table)
         return True
@@ -198,32 +170,9 @@ class Scheduler:
         seq = item.seq
         seq.num_computed_tokens = num_computed = item.start + item.num_tokens
         if num_computed // self._block_tokens > seq.num_published:
-            self.publish(seq)
+            self._cache.publish(seq)
         if not seq.decoding and not seq.num_uncomputed_tokens:
             self._promote(seq)
-
-    def publish(self, seq: Choice) -> None:
-        """Make its full blocks findable."""
-        if not self._config.prefix_cache:
-            return
-        first, seq.num_published = seq.num_published, seq.num_computed_tokens // self._block_tokens
-        for index in range(first, seq.num_published):
-            self._pool.publish(seq.block_table[index], seq.key(index, self._block_tokens))
-        self.tell(seq, first)
-
-    def tell(self, seq: Choice, first: int) -> None:
-        """Its blocks from `first` to the last one that the cache knows are news."""
-        end, group = seq.num_published, seq.group
-        self._news.took(seq.handle, first, seq.keys[first:end], seq.block_table[first:end])
-        if end:
-            self._pool.used(seq.keys[:end], extends=group.uses_cache)
-            group.uses_cache = True
-
-    def cached_keys(self, seq: Choice, num_tokens: int) -> Iterable[bytes]:
-        """Keys of the full blocks within its first `num_tokens` tokens, to be looked up."""
-        if not self._config.prefix_cache:
-            return ()
-        return (seq.key(index, self._block_tokens) for index in range(num_tokens // self._block_tokens))
 
     def _schedule_decodes(self, batch: Batch) -> None:
         """One token each. Hot path, so the usual case is written out: the token goes into a block of its own."""
@@ -248,9 +197,9 @@ class Scheduler:
     def _append(self, seq: Choice, batch: Batch, budget: int) -> int:
         """Put the next chunk of a sequence that has room into the batch; its number of tokens, 0 while what comes
         next is being fetched."""
-        self._adopt(seq)
+        self._cache.adopt(seq)
         left = seq.num_uncomputed_tokens
-        num_tokens = min(left, self._config.chunk_tokens, budget, self._left_to_compute(seq))
+        num_tokens = min(left, self._config.chunk_tokens, budget, self._cache.left_to_compute(seq))
         if not num_tokens:
             return 0
         choices = self._sampled(seq) if num_tokens == left else ()
@@ -258,33 +207,6 @@ class Scheduler:
         batch.num_prompt_tokens += num_tokens
         seq.step = self._step
         return num_tokens
-
-    def _adopt(self, seq: Choice) -> None:
-        """Take blocks that have become known instead of computing them; the last token is always computed."""
-        first, rest = divmod(seq.num_computed_tokens, self._block_tokens)
-        if rest or not self._config.prefix_cache or seq.num_published < first:
-            return
-        index, limit = first, (len(seq.token_ids) - 1) // self._block_tokens
-        while index < limit and (block := self._pool.find(seq.key(index, self._block_tokens))) is not None:
-            self._pool.acquire([block])
-            self._pool.free([seq.block_table[index]])
-            seq.block_table[index] = block
-            index += 1
-        if index > first:
-            seq.num_published, seq.num_computed_tokens = index, index * self._block_tokens
-            self._count_hits(seq, index - first)
-            self.tell(seq, first)
-
-    def _left_to_compute(self, seq: Choice) -> int:
-        """Tokens up to those that were, or are being, fetched for it."""
-        first = self._fills.start(seq.group.handle)
-        left = seq.num_uncomputed_tokens
-        if first is None or seq.group.context_done:
-            return left
-        to_fetched = first * self._block_tokens - seq.num_computed_tokens
-        if to_fetched > 0:
-            return to_fetched
-        return 0 if not to_fetched and self._fills.is_open(seq.group.handle) else left
 
     @staticmethod
     def _sampled(seq: Choice) -> tuple[Choice, ...]:
@@ -320,7 +242,7 @@ class Scheduler:
         while True:
             spare = self._watermark if self.num_running else 0
             spare += self._need_of_older_reservation(seq)
-            table = self._pool.open_table(self.cached_keys(seq, num_tokens - 1), num_blocks, spare)
+            table = self._pool.open_table(self._cache.keys_of(seq, num_tokens - 1), num_blocks, spare)
             if table is not None:
                 break
             if self._fills.give_way():
@@ -334,20 +256,7 @@ class Scheduler:
         seq.block_table = table
         seq.num_published = num_found
         seq.num_computed_tokens = num_found * self._block_tokens
-        self.num_queried_tokens += len(seq.token_ids)
-        self._count_hits(seq, num_found)
-        self.tell(seq, 0)
-
-    def _count_hits(self, seq: Choice, num_blocks: int) -> None:
-        """Blocks were found in the cache; what it had of its prompt when that is complete is what it tells."""
-        group = seq.group
-        self.num_hit_tokens += num_blocks * self._block_tokens
-        num_fetched = self._fills.settle(group.handle, seq.num_computed_tokens // self._block_tokens)
-        if not group.context_done and not group.was_preempted:
-            num_cached = group.num_cached_tokens + num_blocks * self._block_tokens
-            group.num_cached_tokens = min(num_cached, seq.num_prompt_tokens)
-            num_fetched = min(num_fetched * self._block_tokens, group.num_cached_tokens)
-            group.num_fetched_tokens = max(group.num_fetched_tokens, num_fetched)
+        self._cache.found(seq)
 
     def _make_room(self, seq: Choice, batch: Batch) -> bool:
         """Blocks of its own for all tokens to be computed; False if it must sit this step out."""
