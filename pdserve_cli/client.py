@@ -59,6 +59,8 @@ def stream(url: str, path: str, body: dict[str, Any], timeout_s: float = 120.0, 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
     for raw in response:
+        if not raw.endswith(b"\n"):
+            break  # cut in the middle of a line
         line = raw.strip()
         if line == b"data: [DONE]":
             return
