@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from pdserve.errors import PdserveError
-from pdserve_cli import bench, chaos, kv, parity, up
+from pdserve_cli import bench, chaos, explain, kv, parity, up
 
 _VERBS = {
     "up": (up, "start a whole cluster on this machine"),
     "parity": (parity, "compare the cluster's tokens with one engine's and with transformers'"),
     "chaos": (chaos, "kill every process again and again, and hold each answer against the right one"),
+    "explain": (explain, "tell why a request went where it went, and what came of it"),
     "bench": (bench, "measure one part"),
     "kv": (kv, "look into a node's KV store: ls, stat, verify, drop"),
 }

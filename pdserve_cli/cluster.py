@@ -53,6 +53,10 @@ class ClusterSpec:
     """Interpreter of the workers (vLLM lives in an environment of its own)."""
     start_timeout_s: float = 120.0
     env: Mapping[str, str] = field(default_factory=dict)
+    members: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """Overrides of single workers, by name (`prefill-0`)."""
+    programs: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """What to run instead of the worker's own program, by name: for tests of faulty ones."""
     stable_ports: bool = False
     """Ports that stay free while a process is down: for clusters whose members are killed and restarted."""
 
@@ -140,11 +144,13 @@ class Cluster:
         config = {"worker_id": f"{role}-{index}", "engine": self.spec.engine, "model": self.spec.model}
         stores = self.stores
         node = {"store": stores[index % len(stores)].ready["address"]} if stores else {}
-        return {**config, **node, **self.spec.worker}
+        return {**config, **node, **self.spec.worker, **self.spec.members.get(f"{role}-{index}", {})}
 
     async def _start_worker(self, role: str, index: int) -> None:
         config = {**self._worker_config(role, index), **self._listens()}
-        await self._start(f"{role}-{index}", role, (self.spec.python, "-m", f"{role}_worker"), config)
+        name = f"{role}-{index}"
+        program = self.spec.programs.get(name, ("-m", f"{role}_worker"))
+        await self._start(name, role, (self.spec.python, *program), config)
 
     async def start_router(self, name: str, workers: Sequence[Member], **overrides: object) -> Member:
         """One more router, for these workers. The first is the cluster's; both salt alike."""

@@ -30,6 +30,8 @@ class Attempt:
     """How the cache of the worker that prefills was known: "events", "guess", "distrusted"; empty: not asked."""
     num_prior_tokens: int = 0
     """Output tokens that earlier attempts had given."""
+    num_decoded_tokens: int = 0
+    """Of each choice, after the first at the worker that decodes."""
     num_cached_tokens: int | None = None
     num_fetched_tokens: int | None = None
     first_token_s: float | None = None
@@ -39,6 +41,15 @@ class Attempt:
     ended_s: float | None = None
     outcome: str = ""
     handover_failed: bool = False
+    spared_s: float = 0.0
+    """Estimated: the stall that computing the prompt on the decode worker would have meant to those who decode there,
+    all together."""
+
+    @property
+    def alone(self) -> str:
+        """Why one worker did it all; empty for a pair."""
+        notes = (note for pick in self.picks for note in pick.notes)
+        return next((note.partition("=")[2] for note in notes if note.startswith("alone=")), "")
 
     @property
     def link(self) -> tuple[str, str] | None:
@@ -67,12 +78,20 @@ class Attempt:
             "ttft_s": _between(self.bound_s, self.first_token_s),
             "transfer_s": _between(self.first_token_s, self.kv_arrived_s or self.decode_started_s),
             "queue_decode_s": _between(self.kv_arrived_s, self.decode_started_s),
+            "itl_s": self._itl_s(),
         }
+
+    def _itl_s(self) -> float | None:
+        started = self.decode_started_s or self.first_token_s
+        if started is None or self.ended_s is None or self.num_decoded_tokens < 1:
+            return None
+        return (self.ended_s - started) / self.num_decoded_tokens
 
 
 def attempt_of(decision: Decision[Link], bound_s: float, num_prior_tokens: int) -> Attempt:
     prefill = decision.prefill.info if decision.prefill is not None else None
     decode = decision.decode.info if decision.decode is not None else None
+    pair = decision.decode if prefill is not None else None
     return Attempt(
         bound_s,
         decision.waited_s,
@@ -81,6 +100,7 @@ def attempt_of(decision: Decision[Link], bound_s: float, num_prior_tokens: int) 
         decision.picks,
         decision.forecast,
         num_prior_tokens=num_prior_tokens,
+        spared_s=pair.own.num_seqs * decision.forecast.prefill_s if pair is not None else 0.0,
     )
 
 

@@ -91,12 +91,6 @@ class Choice:
             return
         self._take_any(first_index, token_ids, logprobs, finish)
 
-    def rewind(self) -> None:
-        """The worker is lost: what it sent too early will come again."""
-        self._early.clear()
-        self._late_finish = None
-        self._plain = self._stops is None and not self.ended
-
     def end(self, finish: Finish) -> None:
         if self.ended:
             return

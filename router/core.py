@@ -74,7 +74,7 @@ class RouterCore:
     # ---- Core ----
 
     def submit(self, incoming: Incoming, sink: Sink) -> ActiveRequest:
-        arrived = self.loop.time()
+        arrived = time.monotonic()
         served = self._by_name.get(incoming.model)
         try:
             if served is None:
@@ -131,7 +131,7 @@ class RouterCore:
         try:
             request = served.prompts.request(incoming, bounds)
             active = self._active_request(served, incoming, request, sink, arrived)
-            active.record.tokenised_s = self.loop.time() - arrived
+            active.record.tokenised_s = time.monotonic() - arrived
             served.placer.place(active)
         except BaseException:
             self.admission.num_inflight -= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 
 from pdserve.engine.timing import timing_preset
@@ -14,7 +15,7 @@ from router.observer import Observer
 from router.placer import Placer, PlacerOptions
 from router.prompts import PromptMaker
 from router.scheduling.base import Policy
-from router.scheduling.conductor import ConductorRules
+from router.scheduling.conductor import Conductor, ConductorRules
 from router.scheduling.desk import Surroundings
 from router.scheduling.forecasts import Predictor
 from router.scheduling.links import LinkRates, Links
@@ -67,7 +68,7 @@ def maker(setups: list[ModelSetup], options: PlacementOptions, metrics: RouterMe
 def _make_one(
     core: RouterCore, setup: ModelSetup, predictor: Predictor, options: PlacementOptions, metrics: RouterMetrics
 ) -> ServedModel:
-    name, clock = setup.names.name, core.loop.time
+    name, clock = setup.names.name, time.monotonic
     rates = LinkRates(kv_bytes_per_token=setup.kv_bytes_per_token) if setup.kv_bytes_per_token else LinkRates()
     links = Links(rates)
     around = Surroundings(clock, predictor, core.prefixes, links, options.block_tokens)
@@ -76,6 +77,8 @@ def _make_one(
     placing = PlacerOptions(name, options.block_tokens, options.disaggregate != "never", options.ttft_slo_s)
     placer = Placer(placing, policy, core.fleet, core.prefixes, breakers, predictor, core.loop)
     metrics.waiting.labels(name).set_function(lambda: placer.num_waiting)
+    if isinstance(policy, Conductor):
+        metrics.disaggregation_gain.labels(name).set_function(lambda: policy.disaggregation_gain_s)
     return ServedModel(
         setup.names,
         setup.tokenizer,

@@ -29,6 +29,7 @@ class Observer:
         self._cached_tokens = metrics.cached_tokens.labels(model)
         self._output_tokens = metrics.output_tokens.labels(model)
         self._forecast_error = metrics.forecast_error.labels(model)
+        self._stall_spared = metrics.stall_spared.labels(model)
         self._transfer_spent = metrics.transfer_spent.labels(model)
         self._leg = {leg: metrics.leg_seconds.labels(model, leg) for leg in _LEGS}
         self._placed = lru_cache(maxsize=1024)(lambda worker_id, role: metrics.placements.labels(worker_id, role))
@@ -59,6 +60,8 @@ class Observer:
             self._placed(attempt.prefill_worker, "prefill").inc()
         if attempt.decode_worker is not None:
             self._placed(attempt.decode_worker, "decode").inc()
+        if reason := attempt.alone:
+            self._metrics.alone.labels(self._model, reason).inc()
 
     def _observe_times(self, record: Record, last: Attempt) -> None:
         """Latencies of requests that ran to their end: those of failed ones would flatter or blur the rest. Of one that
@@ -89,6 +92,7 @@ class Observer:
         self._leg["queue_decode"].observe(started - arrived)
         self._leg["decode"].observe(ended - started)
         self._transfer_spent.inc(started - first)
+        self._stall_spared.inc(last.spared_s)
 
     def _bind_ended(self, outcome: str) -> Counter:
         status = {"ok": 200, "cancelled": 499}.get(outcome) or from_fields({"reason": outcome}).http_status

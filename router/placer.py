@@ -8,6 +8,7 @@ meet: the policy, the fleet, the prefix index and its audit, and the breakers of
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 
 from pdserve.errors import HandoverError, PdserveError, WorkerLost
@@ -228,7 +229,7 @@ class Placer:
             active.attempt.prefix_source = self._prefixes.source(computes.info)
 
     def _count_bound(self) -> None:
-        now = self._loop.time()
+        now = time.monotonic()
         if self._waiting and self._last_bound_s is not None:
             self._interval_s += SMOOTHING * (now - self._last_bound_s - self._interval_s)
         self._last_bound_s = now

@@ -10,6 +10,7 @@ request (last token, error, cancel, deadline) passes through `_end`, once.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -82,6 +83,8 @@ class Surroundings:
     placing: Placing
     on_end: Callable[[ActiveRequest], None]
     max_retries: int = 2
+    clock: Callable[[], float] = time.monotonic
+    """The loop's time, finer: uvloop's stands still within an iteration and counts milliseconds."""
 
 
 class ActiveRequest:
@@ -168,7 +171,7 @@ class ActiveRequest:
         """With what the client has already, and the time that is left."""
         if not self.record.attempts:
             return self.request
-        request, now = self.request, self._around.loop.time()
+        request, now = self.request, self._around.clock()
         outputs = (tuple(self.choices[0].token_ids),) if self._num_given() else ()
         left_ms = max(1, int((self._limit - now) * 1000)) if request.timeout_ms else 0
         return replace(request, output_token_ids=outputs, timeout_ms=left_ms)
@@ -276,13 +279,17 @@ class ActiveRequest:
         if not self._may_go_on() or len(self.record.attempts) > self._around.max_retries:
             self.fail(error)
             return
-        self.attempt.outcome = error.reason
-        self.attempt.ended_s = self._age()
+        self._close_attempt(error.reason)
         self._let_go(over=False)
-        for choice in self.choices:
-            choice.rewind()
         self._set_clock("queue")
         self._around.placing.again(self)
+
+    def _close_attempt(self, outcome: str) -> None:
+        attempt = self.attempt
+        attempt.outcome, attempt.ended_s = outcome, self._age()
+        given = self.num_output_tokens - attempt.num_prior_tokens
+        first = 2 if attempt.decode_started_s is not None else 1
+        attempt.num_decoded_tokens = max(0, given // len(self.choices) - first)
 
     def _may_go_on(self) -> bool:
         """With one choice an engine goes on after any output; several can only start anew."""
@@ -348,7 +355,7 @@ class ActiveRequest:
         self.deadline = min(now + self._around.timeouts.of(self._clock), self._limit)
 
     def _age(self) -> float:
-        return self._around.loop.time() - self.arrived
+        return self._around.clock() - self.arrived
 
     # ---- the end ----
 
@@ -367,7 +374,7 @@ class ActiveRequest:
         record.num_output_tokens = self.num_output_tokens
         record.ended_s = self._age()
         if record.attempts and not record.attempts[-1].outcome:
-            record.attempts[-1].outcome, record.attempts[-1].ended_s = outcome, record.ended_s
+            self._close_attempt(outcome)
         self._around.placing.ended(self)
         self._around.on_end(self)
 

@@ -180,7 +180,9 @@ class House:
         params = SamplingParams(n=n, max_tokens=100, seed=1, stop=("STOP",) if stop else ())
         self.places = Places(self)
         timeouts = Timeouts(10, 10, 10)
-        around = Surroundings(self.clock, self.deadlines, timeouts, self.places, self.ends.append, retries)
+        around = Surroundings(
+            self.clock, self.deadlines, timeouts, self.places, self.ends.append, retries, self.clock.time
+        )
         self.active = ActiveRequest(
             Request("r", "m", (1, 2, 3), params), self.client, Text, TextOptions.of(params, False),
             Record("r", "m", "", 0.0), around, self.clock.now,
