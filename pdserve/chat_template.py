@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from pdserve.chat_skeleton import Skeleton, Skeletons
 from pdserve.errors import ConfigError, InvalidRequest, NotSupported
 
 Message = Mapping[str, Any]
@@ -44,20 +45,35 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
+def _environment(
+    kind: type[ImmutableSandboxedEnvironment] = ImmutableSandboxedEnvironment,
+) -> ImmutableSandboxedEnvironment:
+    environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = _tojson
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    return environment
+
+
 class ChatTemplate:
     """A compiled template. `special_tokens` are its `bos_token`, `eos_token` and so on."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
         try:
-            self._template = environment.from_string(source)
+            self._template = _environment().from_string(source)
+            self._skeletons = Skeletons(source, special_tokens, _environment)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"the model's chat template is not valid Jinja: {error}", key="model") from error
         self._always = {**self._template.globals, **special_tokens}
+
+    def skeleton(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> Skeleton | None:
+        """What `render` would write, with places for the contents; None where only rendering can tell."""
+        for message in messages:
+            if len(message) != 2 or not isinstance(message.get("content"), str):
+                return None
+        roles = tuple([message.get("role") for message in messages])
+        if not roles or not all(isinstance(role, str) for role in roles):
+            return None
+        return self._skeletons.of(roles, add_generation_prompt)  # type: ignore[arg-type]
 
     def render(
         self,

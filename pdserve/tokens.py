@@ -15,6 +15,7 @@ from typing import Any
 import tokenizers
 
 from pdserve.block_keys import KEY_BYTES, block_keys, next_key, root_key, tenant_salt
+from pdserve.chat_skeleton import Skeleton
 from pdserve.chat_template import ChatTemplate, Message
 from pdserve.detokenize import Detokenizer, StopMatcher, TokenTable
 from pdserve.errors import ConfigError, InvalidRequest, NotSupported
@@ -47,6 +48,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.table = TokenTable(backend)
         self._segments = segment_encoder(backend)
+        self._adds_special = backend.num_special_tokens_to_add(False) > 0
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -84,7 +86,7 @@ class Tokenizer:
         Raises `InvalidRequest` naming `param` when the text has no UTF-8 form (a lone surrogate).
         """
         try:
-            if self._segments is not None and not add_special_tokens:
+            if self._segments is not None and not (add_special_tokens and self._adds_special):
                 return self._segments.encode(text)
             ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeEncodeError) as error:
@@ -106,10 +108,21 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise NotSupported("this model has no chat template; use /v1/completions", param="messages")
+        if tools is None and not variables and self._segments is not None and self._segments.separate:
+            skeleton = self.chat_template.skeleton(messages, add_generation_prompt=add_generation_prompt)
+            if skeleton is not None:
+                return self._encode_turns(skeleton, messages)
         text = self.chat_template.render(
             messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
         )
         return self.encode(text, add_special_tokens=False, param="messages")
+
+    def _encode_turns(self, skeleton: Skeleton, messages: Sequence[Message]) -> list[int]:
+        assert self._segments is not None
+        try:
+            return self._segments.encode_chat(skeleton, [message["content"] for message in messages])
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InvalidRequest("messages is not valid Unicode text", param="messages") from error
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
