@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from pdserve.histogram import LoopHistogram
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 LATENCY_BUCKETS_S = (
@@ -122,8 +124,8 @@ class RouterMetrics:
         latency = tuple(sorted({*LATENCY_BUCKETS_S, slo_ttft_s}))
         gaps = tuple(sorted({*ITL_BUCKETS_S, slo_itl_s}))
 
-        def by_model(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, ("model_name",), registry=registry, buckets=buckets)
+        def by_model(name: str, text: str, buckets: tuple[float, ...]) -> LoopHistogram:
+            return LoopHistogram(name, text, ("model_name",), registry, buckets)
 
         self.requests = Counter(
             "pdserve_requests",
@@ -146,7 +148,7 @@ class RouterMetrics:
         self.e2e = by_model("vllm:e2e_request_latency_seconds", "Arrival to last token.", latency)
         self.prompt_length = by_model("vllm:request_prompt_tokens", "Prompt length.", TOKEN_BUCKETS)
         self.output_length = by_model("vllm:request_generation_tokens", "Output length.", TOKEN_BUCKETS)
-        self.leg_seconds = Histogram(
+        self.leg_seconds = LoopHistogram(
             "pdserve_leg_seconds",
             "Time by leg: tokenise, queue_prefill (until a worker is found), prefill (to the first token), transfer "
             "(until decode has the KV), queue_decode (to the second token), decode.",
@@ -178,7 +180,7 @@ class RouterMetrics:
             ("model_name", "reason"),
             registry=registry,
         )
-        self.forecast_error = Histogram(
+        self.forecast_error = LoopHistogram(
             "pdserve_forecast_ttft_ratio",
             "Observed over predicted time from placement to first token.",
             ("model_name",),

@@ -202,7 +202,8 @@ class ActiveRequest:
 
     @property
     def num_output_tokens(self) -> int:
-        return sum(choice.num_tokens for choice in self.choices)
+        choices = self.choices
+        return choices[0].num_tokens if len(choices) == 1 else sum([choice.num_tokens for choice in choices])
 
     # ---- news from the legs ----
 
