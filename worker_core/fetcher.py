@@ -12,8 +12,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -36,6 +37,9 @@ from worker_core.store_sources import Find, PeerStores
 
 READ_BYTES = 16 << 20
 """In one go: what is whole of an interrupted fetch is kept, and a cancelled one ends within some 10 ms."""
+
+OPEN_S = 0.25
+"""For room in the engine. Longer, and the prompt had better stand in the engine's own queue."""
 
 ResultT = TypeVar("ResultT")
 
@@ -95,7 +99,10 @@ class Fetcher:
         self._stored = stored
         self._tokens_waiting = tokens_waiting
         self.read_bytes = READ_BYTES
-        self._bulk = ThreadPoolExecutor(threads, "fetch")
+        self._bulk = {tier: ThreadPoolExecutor(threads, f"fetch-{tier}") for tier in ("dram", "peer")}
+        """Apart, so that a slow peer delays no read from the own node."""
+        self._leaders: dict[bytes, asyncio.Event] = {}
+        """By the first block that is being read: set when it is there, or will not be."""
         self._fetches: dict[int, Fetch] = {}
         self._releases: set[asyncio.Task[None]] = set()
 
@@ -141,7 +148,8 @@ class Fetcher:
         for fetch in list(self._fetches.values()):
             self.drop(fetch.job)
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.get_running_loop().run_in_executor(None, self._bulk.shutdown)
+        for bulk in self._bulk.values():
+            await asyncio.get_running_loop().run_in_executor(None, bulk.shutdown)
         await asyncio.gather(*self._releases, return_exceptions=True)
         await self._peers.close()
 
@@ -230,13 +238,29 @@ class Fetcher:
             first = cached if self._always else self._first_block(find, cached)
             if first >= len(find):
                 self._metrics.store_recomputes.labels("slower").inc()
-            while first < len(find):  # more than once where they go through a staging area
-                filled = await self._fill(fetch, find, first, computes_meanwhile=first > cached)
-                first = first + filled if filled else len(find)
+                return
+            async with self._in_turn(fetch.keys[first]):
+                await self._fill_all(fetch, find, first, computes_meanwhile=first > cached)
         finally:
             keeping.cancel()
             self._metrics.store_leases.dec()
             self._release(find)
+
+    @asynccontextmanager
+    async def _in_turn(self, key: bytes) -> AsyncIterator[None]:
+        """Prompts that begin alike often come together: the first one reads, the others find it in the engine."""
+        while (leader := self._leaders.get(key)) is not None:
+            await leader.wait()
+        self._leaders[key] = asyncio.Event()
+        try:
+            yield
+        finally:
+            self._leaders.pop(key).set()
+
+    async def _fill_all(self, fetch: Fetch, find: Find, first: int, *, computes_meanwhile: bool) -> None:
+        while first < len(find):  # more than once where they go through a staging area
+            filled = await self._fill(fetch, find, first, computes_meanwhile=computes_meanwhile)
+            first = first + filled if filled else len(find)
 
     def _first_block(self, find: Find, cached: int) -> int:
         return self._planner.first_block(find.source, cached, len(find), self._tokens_waiting())
@@ -253,7 +277,7 @@ class Fetcher:
         began = time.perf_counter()
         per_read = max(1, self.read_bytes // self._pool.block_bytes)
         reading = asyncio.get_running_loop().run_in_executor(
-            self._bulk, _read_all, find, first, target, per_read, fetch.stop.is_set
+            self._bulk[find.tier], _read_all, find, first, target, per_read, fetch.stop.is_set
         )
         try:
             num_blocks, error = await asyncio.shield(reading)
@@ -273,7 +297,7 @@ class Fetcher:
             partial(open_fill, fetch.job.key, keys, first)
         )
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(min(OPEN_S, self._timeout_s)):
                 return await opening
         except TimeoutError:
             self._metrics.store_recomputes.labels("no_room").inc()

@@ -346,9 +346,10 @@ class JobTable:
     def _count_prompt(self, job: Job, stats: PromptStats) -> None:
         metrics = self._metrics
         metrics.prompt_tokens.inc(stats.num_prompt_tokens)
-        metrics.prefix_tokens["hbm"].inc(stats.num_cached_tokens - stats.num_fetched_tokens)
-        metrics.prefix_tokens[job.fetched_from or "dram"].inc(stats.num_fetched_tokens)
-        metrics.prefix_tokens["computed"].inc(stats.num_prompt_tokens - stats.num_cached_tokens)
+        num_fetched = min(stats.num_fetched_tokens, stats.num_cached_tokens)
+        metrics.prefix_tokens["hbm"].inc(stats.num_cached_tokens - num_fetched)
+        metrics.prefix_tokens[job.fetched_from or "dram"].inc(num_fetched)
+        metrics.prefix_tokens["computed"].inc(max(0, stats.num_prompt_tokens - stats.num_cached_tokens))
 
     def _choice_done(self, job: Job, finish: Finish) -> None:
         self._finished[finish.reason].inc()

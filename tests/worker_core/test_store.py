@@ -3,6 +3,8 @@ byte of KV, so a wrong, stale or missing block would show as a wrong token."""
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from session_client import PairRequest, RouterSession
 from store_tools import SIM_BLOCK_BYTES, joined, metric, run, running_node, store_of, turn
@@ -11,6 +13,7 @@ from worker_pair import MODEL, SIM, expected, make_request, prompt, running, sim
 from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.sim import SimEngineConfig
 from pdserve.types import Phase, Request, Role, SamplingParams
+from worker_core.worker import EngineBuilder
 
 DEVICE = SimEngineConfig(
     core=CoreConfig(num_blocks=512, chunk_tokens=64, max_num_batched_tokens=256, staging_blocks=20), host_memory=False
@@ -49,6 +52,34 @@ async def test_what_decode_generated_is_there_for_the_next_prefill() -> None:
         again = await run(other, second)
         assert again.tokens == expected(second)
         assert again.fetched == (200 + len(tokens) - 1) // 16 * 16
+        await until_free(*node.workers)
+
+
+@pytest.mark.parametrize("build", [None, sim_builder(DEVICE)], ids=["host", "device"])
+async def test_what_prefill_fetched_is_handed_over_with_the_rest(build: EngineBuilder | None) -> None:
+    async with store_of() as kvstore, joined(kvstore, 3, build=build) as node:
+        first = make_request("a", length=300, max_tokens=20)
+        answer = await node.run(2, first)
+        known = (300 + len(answer.tokens) - 1) // 16
+        await node.stored(known)
+        second = turn(first, answer.tokens, more=50)
+        pair = PairRequest(node.routers[0], node.routers[1], second).start()
+        assert await pair.result() == expected(second)
+        assert pair.first.prompt.num_fetched_tokens == known * 16
+        await until_free(*node.workers)
+
+
+async def test_prompts_that_begin_alike_and_come_together_are_read_once() -> None:
+    async with running_node(workers=2) as node:
+        base = make_request("a", length=800, max_tokens=2)
+        await node.run(0, base)
+        await node.stored(50)
+        prompts = [(*base.prompt_token_ids[:640], *prompt(100, i)) for i in range(8)]
+        requests = [Request(f"r{i}", MODEL, tokens, base.params) for i, tokens in enumerate(prompts)]
+        answers = await asyncio.gather(*(node.run(1, request) for request in requests))
+        assert [answer.tokens for answer in answers] == [expected(request) for request in requests]
+        assert [answer.cached for answer in answers] == [640] * 8
+        assert metric(node.workers[1], "pdserve_store_bytes_total", tier="dram", direction="read") == 40 * 256
         await until_free(*node.workers)
 
 
@@ -264,7 +295,3 @@ async def test_the_own_store_is_preferred_where_it_has_as_much() -> None:
         await near.stored(18)
         assert (await near.run(1, request, prefix_store=far.store.address)).fetched == 288
         assert metric(near.workers[1], "pdserve_prefix_tokens_total", tier="dram") == 288
-
-
-def test_prompts_of_the_tests_differ() -> None:
-    assert prompt(20, 1)[:16] != prompt(20, 2)[:16]

@@ -324,7 +324,7 @@ async def test_the_head_is_computed_while_the_tail_is_fetched() -> None:
 
 @pytest.mark.parametrize("end", ["cancel", "fail"])
 async def test_a_tail_that_does_not_come_is_computed_or_freed(end: str) -> None:
-    async with a_known_prompt(store_fetch="auto") as (node, request):
+    async with a_known_prompt(store_fetch="auto", chunk_tokens=64) as (node, request):
         worker = node.workers[1]
         worker.store.planner.prefill_s_per_token.add(0.001)
         worker.store.planner.observe_read("dram", 1 << 20, (1 << 20) * 0.016 / 256)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from session_client import PairRequest, RouterSession
 
-from kvstore.transports.base import Peer, Range, Region, Transport
+from kvstore.transports.base import Arrived, Peer, Range, Region, Transport, ignore
 from pdserve.config import WorkerConfig, load
 from pdserve.engine.base import HandoverEngine, KVMemoryFactory
 from pdserve.engine.core.config import CoreConfig
@@ -79,10 +79,10 @@ class GatedPeer:
     def __init__(self, peer: Peer, gate: Gate) -> None:
         self._peer, self._gate = peer, gate
 
-    def read(self, ranges: Sequence[Range], into: np.ndarray) -> None:
+    def read(self, ranges: Sequence[Range], into: np.ndarray, arrived: Arrived = ignore) -> None:
         if into.nbytes == self._gate.pool_bytes:  # not the table of generations
             self._gate.pass_through()
-        self._peer.read(ranges, into)
+        self._peer.read(ranges, into, arrived)
         self._gate.num_reads += 1
 
     def write(self, ranges: Sequence[Range], source: np.ndarray) -> None:

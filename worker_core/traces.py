@@ -1,0 +1,51 @@
+"""A request's span at a worker: from its submission to the moment that nothing of it is left here."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from pdserve.tracing import Tracer, Value
+from pdserve.types import Phase, Request
+
+
+class TracedJob(Protocol):
+    """What a span tells of a job."""
+
+    @property
+    def request(self) -> Request: ...
+
+    @property
+    def phase(self) -> Phase: ...
+
+    @property
+    def born_ns(self) -> int: ...
+
+    @property
+    def resumed_ns(self) -> int:
+        """When a DECODE request had all its KV; 0: it had not."""
+        ...
+
+
+class WorkerTraces:
+    """One a worker."""
+
+    def __init__(self, tracer: Tracer, worker_id: str) -> None:
+        self._tracer = tracer
+        self._worker_id = worker_id
+
+    def ended(self, job: TracedJob) -> None:
+        now = time.time_ns()
+        span = self._tracer.begin(f"worker.{job.phase.name.lower()}", job.request.traceparent, job.born_ns)
+        if span.is_recording() and job.resumed_ns:
+            self._tracer.child(span, "worker.pull", job.born_ns, job.resumed_ns, {})
+            self._tracer.child(span, "worker.decode", job.resumed_ns, now, {})
+        attributes: dict[str, Value] = {
+            "pdserve.worker": self._worker_id,
+            "pdserve.request_id": job.request.request_id,
+            "gen_ai.usage.input_tokens": len(job.request.prompt_token_ids),
+        }
+        self._tracer.end(span, now, attributes)
+
+    def close(self) -> None:
+        self._tracer.close()
