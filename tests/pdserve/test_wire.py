@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pdserve.errors import DigestMismatch, InvalidRequest, PdserveError, ProtocolMismatch, ServiceError, from_fields
 from pdserve.types import (
+    CacheDelta,
     EngineLoad,
     Finish,
     FinishReason,
@@ -96,7 +97,11 @@ requests = st.builds(
 )
 
 
-@given(st.builds(Submission, u32, st.sampled_from(Phase), requests), st.lists(u32, max_size=4), token_ids)
+@given(
+    st.builds(Submission, u32, st.sampled_from(Phase), requests, st.none(), st.text(max_size=5)),
+    st.lists(u32, max_size=4),
+    token_ids,
+)
 def test_a_router_update_comes_back_equal(submission: Submission, cancels: list[int], ids: tuple[int, ...]) -> None:
     update = RouterUpdate(
         hello=RouterHello("router", 7),
@@ -113,7 +118,7 @@ def test_a_step_comes_back_equal(deltas: list[tuple[int, int, list[int]]], singl
     output = StepOutput(
         finishes=[Finish(4, FinishReason.STOP, 2, 0), Finish(5, FinishReason.LENGTH, 3)],
         logprobs=[Logprobs(4, 1, -0.5, 2, (7, 9), (-0.25, -0.5))],
-        prompts=[PromptStats(4, 10, 5)],
+        prompts=[PromptStats(4, 10, 5, 3)],
     )
     for handle, first, ids in deltas:
         chosen = (ids or [0])[:1] if single else ids
@@ -145,13 +150,33 @@ def test_a_failed_choice_carries_its_typed_error() -> None:
 def test_hello_load_and_draining_come_back_equal() -> None:
     worker = WorkerInfo(
         "w", 2**60, Role.DECODE, "127.0.0.1:1", ModelInfo("m", "r", "t", 100, 50, (2, 3)), b"f" * 16, 16, 9, 8,
-        ParallelRank(1, 2), ("shm", "tcp"), "host", (("rack", "a"),),
+        ParallelRank(1, 2), ("shm", "tcp"), "host", (("rack", "a"),), "10.0.0.1:9",
     )  # fmt: skip
     update = WorkerUpdate(hello=WorkerHello(worker), load=EngineLoad(1, 2, 3, 4, 5, 6, 7, 8, 9, 10), draining=True)
     assert decode_worker_update(encode_worker_update(update)) == update
 
 
 nonces = st.binary(min_size=16, max_size=16)
+block_key_columns = st.lists(nonces, max_size=4).map(tuple)
+
+
+@given(st.builds(CacheDelta, block_key_columns, block_key_columns, st.booleans()))
+def test_what_changed_in_a_cache_comes_back_equal_beside_a_step(delta: CacheDelta) -> None:
+    output = StepOutput()
+    output.add(4, 0, 99)
+    back = decode_worker_update(encode_worker_update(WorkerUpdate(step=step_columns(output), cache=delta)))
+    assert back.cache == delta
+    assert back.step is not None
+    assert list(back.step.token_ids) == [99]
+    assert decode_worker_update(encode_worker_update(WorkerUpdate())).cache is None
+
+
+@pytest.mark.parametrize("column", ["stored", "removed"])
+def test_a_column_of_cut_keys_is_refused(column: str) -> None:
+    message = worker_service_pb2.WorkerMessage()
+    setattr(message.cache, column, b"x" * 17)
+    with pytest.raises(ProtocolMismatch, match="17 bytes"):
+        decode_worker_update(message.SerializeToString())
 
 
 @given(st.builds(KVTicket, st.text(), st.text(), u64, nonces, st.binary(), st.text(), u32, u32, ranks))
