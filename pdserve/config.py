@@ -55,6 +55,16 @@ class MooncakeConfig(Config, frozen=True):
     device: Annotated[str, _doc("RDMA devices, comma-separated; empty: all of the machine.")] = ""
 
 
+class TracingConfig(Config, frozen=True):
+    """Traces by OpenTelemetry; needs `pdserve[otel]`."""
+
+    endpoint: Annotated[str, _doc("host:port or URL of an OTLP gRPC receiver; empty: no traces, at no cost.")] = ""
+    tls: Annotated[bool, _doc("Speak TLS with it, by the system's authorities.")] = False
+    sample_ratio: Annotated[
+        float, _doc("Of requests whose caller did not decide; a caller's traceparent does.", "ratio", ge=0, le=1)
+    ] = 1.0
+
+
 class SimConfig(Config, frozen=True):
     """The engine without weights."""
 
@@ -161,6 +171,7 @@ class WorkerConfig(Config, frozen=True):
         float, _doc("After SIGTERM: what runs may finish for so long. Kubernetes' grace must exceed it.", "s", ge=0)
     ] = 25.0
     log_level: Annotated[str, _doc("debug | info | warning | error.")] = "info"
+    tracing: TracingConfig = TracingConfig()
     labels: Annotated[dict[str, str], _doc("Topology: node, rack, rdma_group.")] = msgspec.field(default_factory=dict)
     sim: SimConfig = SimConfig()
     vllm: Annotated[dict[str, Any], _doc("Engine arguments, verbatim to vLLM (but for those pdserve owns).")] = (
@@ -346,6 +357,7 @@ class RouterConfig(Config, frozen=True):
     decode_timeout_s: Annotated[float, _doc("Between two decoded tokens.", "s", gt=0)] = 60.0
     connect_backoff_s: Annotated[float, _doc("Longest wait between two tries to reach a worker.", "s", gt=0)] = 2.0
     drain_timeout_s: Annotated[float, _doc("After SIGTERM: what runs may finish for so long.", "s", ge=0)] = 25.0
+    tracing: TracingConfig = TracingConfig()
     records: Annotated[int, _doc("Requests remembered for `explain`.", "requests", ge=0)] = 10_000
     log_level: Annotated[str, _doc("debug | info | warning | error.")] = "info"
 

@@ -19,6 +19,7 @@ from pdserve.config import RouterConfig, TlsConfig
 from pdserve.errors import ConfigError, Draining
 from pdserve.metrics import RouterMetrics, render
 from pdserve.rpc import RpcServer
+from pdserve.tracing import Tracer, tracer_of
 from pdserve.wire.session import RouterHello
 from router.breakers import BreakerRules
 from router.core import CoreOptions, RouterCore
@@ -34,6 +35,7 @@ from router.oip_face import OpenInferenceFace
 from router.prefixes import PrefixIndex
 from router.request import Timeouts
 from router.stores import Stores
+from router.traces import RouterTraces
 
 STOP_GRACE_S = 1.0
 """For the last messages of ended calls to leave."""
@@ -59,6 +61,7 @@ class Router:
         )
         self._changed = asyncio.Event()
         self._readiness: asyncio.Task[None] | None = None
+        self._tracer: Tracer | None = None
 
     async def start(self) -> None:
         """Load the tokenizers, listen, connect. Raises `ConfigError`."""
@@ -75,7 +78,9 @@ class Router:
         )
         self._prefixes = self._prefix_index()
         make = maker(setups, placement_options(config, seed=hello.incarnation), self._metrics)
-        self.core = RouterCore(core_options(config), self._fleet, self._prefixes, make)
+        self._tracer = tracer_of(config.tracing, "pdserve-router", hello.router_id)
+        traces = RouterTraces(self._tracer) if self._tracer is not None else None
+        self.core = RouterCore(core_options(config), self._fleet, self._prefixes, make, traces)
         await self._listen()
         self._fleet.start()
         self._readiness = asyncio.create_task(self._publish_readiness())
@@ -148,6 +153,8 @@ class Router:
             await self._fleet.close()
         if hasattr(self, "_prefixes"):
             await self._prefixes.close()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
 
 
 def core_options(config: RouterConfig) -> CoreOptions:

@@ -23,6 +23,7 @@ from router.fleet import Fleet
 from router.prefixes import PrefixIndex
 from router.request import ActiveRequest, Placing, Surroundings, Timeouts
 from router.served import ServedModel
+from router.traces import RouterTraces
 
 MAX_ID_CHARS = 256
 TICK_S = 1.0
@@ -49,13 +50,21 @@ MakeModels = Callable[["RouterCore"], Sequence[ServedModel]]
 class RouterCore:
     """Made on the loop that it runs on. `make_models` is called once, with the core; see `router.models`."""
 
-    def __init__(self, options: CoreOptions, fleet: Fleet, prefixes: PrefixIndex, make_models: MakeModels) -> None:
+    def __init__(
+        self,
+        options: CoreOptions,
+        fleet: Fleet,
+        prefixes: PrefixIndex,
+        make_models: MakeModels,
+        traces: RouterTraces | None = None,
+    ) -> None:
         self.loop = asyncio.get_running_loop()
         self.fleet = fleet
         self.prefixes = prefixes
         self.options = options
         self.catalog = Catalog(options.num_records)
         self.admission = Admission(options.max_inflight, options.max_waiting)
+        self._traces = traces
         self._active: dict[str, ActiveRequest] = {}
         self._deadlines = Deadlines(self.loop)
         self._idle = asyncio.Event()
@@ -132,7 +141,7 @@ class RouterCore:
             request = served.prompts.request(incoming, bounds)
             active = self._active_request(served, incoming, request, sink, arrived)
             active.record.tokenised_s = time.monotonic() - arrived
-            served.placer.place(active)
+            self._place(served, active)
         except BaseException:
             self.admission.num_inflight -= 1
             raise
@@ -140,6 +149,17 @@ class RouterCore:
         self._idle.clear()
         served.observer.admitted(active.record)
         return active
+
+    def _place(self, served: ServedModel, active: ActiveRequest) -> None:
+        if self._traces is None:
+            served.placer.place(active)
+            return
+        active.span, active.request = self._traces.begin(active.request, active.record)
+        try:
+            served.placer.place(active)
+        except PdserveError as error:
+            self._traces.refused(active.span, active.record, error.reason)
+            raise
 
     def _admit(self, served: ServedModel, priority: int) -> None:
         """A full queue gives up its least important request for a more important one."""
@@ -171,13 +191,14 @@ class RouterCore:
             sink,
             partial(served.tokenizer.detokenizer, skip_special_tokens=incoming.skip_special_tokens),
             TextOptions.of(request.params, incoming.include_stop_str_in_output),
-            self._record(served, incoming, request),
+            self._record(served, incoming, request, arrived),
             served.around,
             arrived,
         )
 
-    def _record(self, served: ServedModel, incoming: Incoming, request: Request) -> Record:
-        record = Record(request.request_id, request.model, served.bounds().model.revision, time.time())
+    def _record(self, served: ServedModel, incoming: Incoming, request: Request, arrived: float) -> Record:
+        arrived_at = time.time() - (time.monotonic() - arrived)
+        record = Record(request.request_id, request.model, served.bounds().model.revision, arrived_at)
         record.policy = self.options.policy
         record.num_prompt_tokens = len(request.prompt_token_ids)
         record.num_choices = request.params.n
@@ -194,6 +215,8 @@ class RouterCore:
         self.admission.leave(active.record.ended_s or 0.0)
         self._by_name[active.request.model].observer.ended(active.record)
         self.catalog.add(active.record)
+        if self._traces is not None and active.span is not None:
+            self._traces.end(active.span, active.record)
         if active.error is not None:
             fields = {"request_id": active.request_id, "reason": active.error.reason, "leg": active.error.leg}
             log.warning("request failed: %s", active.error.message, extra=fields)

@@ -72,11 +72,17 @@ class Placer:
         return len(self._waiting)
 
     def place(self, active: ActiveRequest) -> None:
-        """Bind it, or let it wait. Raises what keeps it from being served at all."""
+        """Bind it, or let it wait. Raises what keeps it from being served at all. Behind others that wait it is looked
+        at with them, once a tick: to plan the whole queue anew for each arrival would cost more than all else."""
         ask = self._ask(active)
         self._asks[active] = ask
+        behind_others = bool(self._waiting)
         self._waiting[ask] = active
         self.policy.enqueue(ask)
+        if behind_others:
+            active.wait()
+            self._poke()
+            return
         refusal: PdserveError | None = None
         for decision in self._decide():
             if decision.ask is ask and decision.error is not None:

@@ -13,7 +13,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pdserve.errors import (
     DeadlineExceeded,
@@ -34,6 +34,9 @@ from router.deadlines import Deadlines
 from router.legs import DecodeLeg, FullLeg, Leg, PrefillLeg
 from router.scheduling.base import Decision
 from router.session import Link
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 FOREVER = float("inf")
 
@@ -106,6 +109,8 @@ class ActiveRequest:
         self.deadline = FOREVER
         self.done = False
         self.error: PdserveError | None = None
+        self.span: Span | None = None
+        """Where traces are on."""
         self.choices = [Choice(index, detokenizer(), options, sink, self) for index in range(request.params.n)]
         self._sink = sink
         self._around = around

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from pdserve.wire.session import Relay, Submission
 from worker_core.deadlines import Deadlines
 from worker_core.engine_thread import EngineThread, Round
 from worker_core.session import HANDLE_BITS, HANDLE_MASK, Session
+from worker_core.traces import WorkerTraces
 
 log = logging.getLogger("pdserve.worker")
 
@@ -43,6 +45,8 @@ class Job:
     """DECODE: the KV has arrived."""
     work_done: bool = False
     """Tokens were sampled for it, here or before."""
+    born_ns: int = field(default_factory=time.time_ns)
+    resumed_ns: int = 0
     fetched_from: str = ""
     """Tier of the store that a part of its prompt came from."""
 
@@ -116,6 +120,7 @@ class JobTable:
         self._finished = {
             reason: metrics.requests_finished.labels(metrics.model_name, reason.name.lower()) for reason in FinishReason
         }
+        self.traces: WorkerTraces | None = None
         self.draining = False
         self._emptied = asyncio.Event()
 
@@ -256,6 +261,8 @@ class JobTable:
             self._choices.pop(choice, None)
             self.store.ended(choice)
         self._deadlines.clear(job.key)
+        if self.traces is not None:
+            self.traces.ended(job)
         if not self._jobs:
             self._emptied.set()
 

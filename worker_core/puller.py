@@ -260,6 +260,7 @@ class Puller:
         self._sources.pop(action.handle, None)
         job = self._open.pop(action.handle)
         job.resumed = job.work_done = True
+        job.resumed_ns = time.time_ns()
         num_tokens = num_context_tokens(job.request)
         job.session.add_prompt(PromptStats(action.handle & HANDLE_MASK, num_tokens, num_tokens))  # the router's clocks
         command = partial(_resume, action.handle, action.output_token_ids, action.finished)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from pdserve.tracing import Tracer, Value
-from pdserve.types import Phase, Request
+from pdserve.config import TracingConfig
+from pdserve.tracing import Tracer, Value, tracer_of
+from pdserve.types import Phase, Request, WorkerInfo
 
 
 class TracedJob(Protocol):
@@ -49,3 +50,9 @@ class WorkerTraces:
 
     def close(self) -> None:
         self._tracer.close()
+
+
+def make_traces(config: TracingConfig, info: WorkerInfo) -> WorkerTraces | None:
+    """None where tracing is off. Raises `ConfigError`."""
+    tracer = tracer_of(config, "pdserve-worker", info.worker_id)
+    return None if tracer is None else WorkerTraces(tracer, info.worker_id)

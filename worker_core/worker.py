@@ -35,6 +35,7 @@ from worker_core.puller import Puller
 from worker_core.registration import Registration, make_registration
 from worker_core.session import Session
 from worker_core.store import StoreSide
+from worker_core.traces import make_traces
 
 STOP_GRACE_S = 2.0
 """For the last messages to leave: streams end by themselves once they are written."""
@@ -107,6 +108,7 @@ class Worker:
         self.info = self._describe(engine, num_blocks)
         self._metrics = WorkerMetrics(self.registry, self.info.model.name)
         self.jobs = JobTable(self.engine, self.info.model.name, self._metrics)
+        self.jobs.traces = make_traces(config.tracing, self.info)
         ledger = ExportLedger(
             self.info.worker_id,
             self.incarnation,
@@ -175,6 +177,8 @@ class Worker:
             await self.puller.stop()
             self.exporter.close()
             self.jobs.close()
+            if self.jobs.traces is not None:
+                await asyncio.to_thread(self.jobs.traces.close)
         await self.engine.stop()
         self.port.close()
         await self._status.stop()

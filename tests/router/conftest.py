@@ -147,7 +147,7 @@ class House:
 
     async def core(
         self, *, addresses: Sequence[str] | None = None, timeouts: Timeouts = PATIENT, models: object = None,
-        placement: object = (), **options: object,
+        placement: object = (), traces: object = None, **options: object,
     ) -> RouterCore:  # fmt: skip
         """`models`: name -> aliases; `placement` and `options`: fields of PlacementOptions and CoreOptions."""
         if addresses is None:
@@ -171,7 +171,9 @@ class House:
         index = KVIndex(max_entries=100_000, clock=loop.time)
         prefixes = PrefixIndex(index, Stores(index, None), metrics, loop.time, loop.call_soon)
         self.prefixes.append(prefixes)
-        core = RouterCore(CoreOptions(**core_given), fleet, prefixes, maker(setups, PlacementOptions(**given), metrics))
+        core = RouterCore(
+            CoreOptions(**core_given), fleet, prefixes, maker(setups, PlacementOptions(**given), metrics), traces
+        )
         self.fleets.append(fleet)
         self.cores.append(core)
         fleet.start()
@@ -225,7 +227,15 @@ def wait_until() -> Callable[..., Awaitable[None]]:
 def incoming() -> Callable[..., Incoming]:
     """`incoming("text", max_tokens=4, ...)`: params and request fields by name."""
     number = iter(range(10**6))
-    own = {"model", "cache_salt", "include_stop_str_in_output", "skip_special_tokens", "timeout_ms", "request_id"}
+    own = {
+        "model",
+        "cache_salt",
+        "include_stop_str_in_output",
+        "skip_special_tokens",
+        "timeout_ms",
+        "request_id",
+        "traceparent",
+    }
 
     def make(text: str | None = "hello world", **given: object) -> Incoming:
         fields = {key: given.pop(key) for key in list(given) if key in own}
