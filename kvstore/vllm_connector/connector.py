@@ -47,7 +47,8 @@ class PdserveConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vllm has no
         else:
             from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-            self._worker = WorkerSide(self._extra, get_tensor_model_parallel_rank())
+            keeps_part = bool(vllm_config.cache_config.enable_prefix_caching)
+            self._worker = WorkerSide(self._extra, get_tensor_model_parallel_rank(), keeps_part=keeps_part)
 
     def _check(self, check: Any) -> Any:
         """Run a check whose `ConfigError` the engine must hear of."""

@@ -45,8 +45,10 @@ class WorkerSide:
     """One rank's. `block_shape` is [layer, K/V, kv_head of all ranks, token, head_dim]; a rank has its part of the
     heads, the same one as its neighbours where there are more ranks than heads."""
 
-    def __init__(self, extra: dict[str, Any], rank: int) -> None:
+    def __init__(self, extra: dict[str, Any], rank: int, *, keeps_part: bool = True) -> None:
+        """`keeps_part`: vLLM can compute the rest of a prompt whose beginning was loaded."""
         self._rank = rank
+        self._keeps_part = keeps_part
         self._num_ranks = extra["num_ranks"]
         self._staging = SharedMemoryPool.attach(extra["staging"])
         self._board = TransferBoard.attach(extra["board"], extra["num_ranks"], extra["num_slots"])
@@ -131,6 +133,7 @@ class WorkerSide:
             last = min(first + step, copy.last)
             loaded, ending = self._load_part(copy, first, last)
             if loaded < last:
+                loaded = loaded if self._keeps_part else 0
                 self._board.advance(self._rank, copy.load.slot, loaded)
                 return ending, set(copy.vllm_blocks[loaded // vllm_block :])
             self._board.advance(self._rank, copy.load.slot, last)

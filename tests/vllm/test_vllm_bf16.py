@@ -4,28 +4,22 @@ and no digests. Ends with the death of vLLM."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+import numpy as np
 import psutil
 import pytest
 from test_vllm_handover import alone, spoil_byte
-from vllm_pair import Driven, Pair, make_request, renamed, running_engine
+from vllm_pair import Driven, Pair, SelfPair, keys_of, make_request, renamed, running_engine
 
 from pdserve.errors import EngineFailed
-from pdserve.types import Phase, Request
+from pdserve.types import Phase
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 NUM_BLOCKS = 24
 BLOCK = 32
 """The smallest that vLLM's CPU kernels take; two hand-over blocks."""
-
-
-class SelfPair(Pair):
-    """The decode half has another cache root: it must load, not find."""
-
-    def start(self, request: Request) -> tuple[int, int]:
-        other = renamed(request, "decode " + request.request_id[:8])
-        return self.prefill.submit(request, Phase.PREFILL), self.decode.submit(other, Phase.DECODE)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +81,55 @@ def test_a_prefill_that_vllm_preempts_is_exported_whole_and_once(pair: Pair, eng
     pair.resume(p, d, request)
     engine.run_until(lambda: d in engine.finishes)
     assert [engine.tokens[p] + engine.tokens[d]] == expected
+
+
+def test_without_the_check_a_spoiled_block_of_a_store_changes_the_output(engine: Driven) -> None:
+    request = make_request("unchecked store", 150, NUM_COMPARED)
+    expected = alone(engine, request)
+    engine.keeps = {}
+    engine.run_alone(renamed(request, "writes"))
+    content = dict(
+        zip(keys_of(request), [engine.keeps[key] for key in keys_of(renamed(request, "writes"))], strict=True)
+    )
+    engine.keeps = None
+    found = []
+    for name in ("right", "spoiled"):
+        reader = renamed(request, "reads " + name)
+        mine = dict(zip(keys_of(reader), content.values(), strict=True))
+        handle = engine._next_handle
+        target = engine.fill(handle, keys_of(reader), mine)
+        engine.engine.cache_commit(handle, len(target.blocks))
+        if name == "spoiled":
+            engine.pool.blocks[target.blocks[4], 1000:60_000] ^= 0x3C
+        engine.submit(reader, Phase.FULL)
+        engine.run_until(lambda handle=handle: handle in engine.finishes)
+        found.append([engine.tokens[handle]])
+    assert found[0] == expected
+    assert found[1] != expected
+    engine.settle()
+
+
+def test_a_request_that_vllm_preempts_publishes_every_block_with_its_own_bytes(engine: Driven) -> None:
+    """Two outputs grow until one is thrown out and computed again, from other pages."""
+    first, second = (make_request(f"grows {name}", 300, 100, ignore_eos=True) for name in "ab")
+    preempted = engine.engine.load().num_preemptions
+    engine.keeps = {}
+    (tokens,), _ = engine.run_alone(first, second)
+    assert engine.engine.load().num_preemptions > preempted
+    keys = keys_of(first, tokens[:-1])
+    blocks = [np.frombuffer(engine.keeps[key], dtype=np.uint16) for key in keys]
+    again = replace(renamed(first, "grown"), prompt_token_ids=(*first.prompt_token_ids, *tokens[:-1]))
+    engine.keeps = {}
+    engine.run_alone(replace(again, params=make_request("", 1, 1).params))
+    expected = [np.frombuffer(engine.keeps[key], dtype=np.uint16) for key in keys_of(again)]
+    engine.keeps = None
+    for block, other in zip(blocks, expected, strict=True):
+        assert np.abs(as_floats(block) - as_floats(other)).mean() < 0.05
+    engine.settle()
+
+
+def as_floats(bf16: np.ndarray) -> np.ndarray:
+    return (bf16.astype(np.uint32) << 16).view(np.float32)
 
 
 def test_when_vllm_dies_the_engine_says_so_and_nothing_of_it_stays(engine: Driven) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from kvstore.handover.verify import DigestPolicy, PoolDescriptor, digest_blocks, pull_blocks
 from kvstore.transports.shm import SharedMemoryPool, ShmTransport
-from pdserve.engine.base import ExportedChunk, PublishedBlocks
+from kvstore.vllm_connector.events import EngineEvents
+from pdserve.block_keys import KEY_BYTES, block_keys
+from pdserve.engine.base import ExportedChunk, ImportTarget, PublishedBlocks
 from pdserve.engine.vllm.engine import VllmEngine
 from pdserve.engine.vllm.settings import VllmSettings
 from pdserve.types import Finish, KVManifest, Logprobs, Phase, PromptStats, Request, SamplingParams
@@ -30,13 +34,15 @@ def settings(**changes: object) -> VllmSettings:
         "max_num_seqs": 16,
         "kv_cache_memory_bytes": 1 << 30,
     }
-    base = VllmSettings(model="embedded", dtype="fp32", staging_bytes=192 << 20, engine_args=engine_args)
+    base = VllmSettings(model="embedded", dtype="fp32", staging_bytes=192 << 20, saves=True, engine_args=engine_args)
     return replace(base, **changes)
 
 
 @contextmanager
 def running_engine(**changes: object) -> Iterator[Driven]:
-    driven = Driven(VllmEngine(settings(**changes), SharedMemoryPool))
+    made = settings(**changes)
+    events = None if "kv_events_config" in made.engine_args else EngineEvents(made.block_tokens)
+    driven = Driven(VllmEngine(made, SharedMemoryPool, events))
     try:
         yield driven
     finally:
@@ -58,6 +64,8 @@ class Driven:
     published: dict[int, list[PublishedBlocks]] = field(default_factory=dict)
     cached: set[bytes] = field(default_factory=set)
     """What the engine said it has."""
+    keeps: dict[bytes, bytes] | None = None
+    """Given one, published blocks are copied into it: what a worker does with its node's store."""
     order: list[tuple[str, int]] = field(default_factory=list)
     """What came in which order: ("export" | "token", handle)."""
     _next_handle: int = 1
@@ -86,6 +94,8 @@ class Driven:
         for told in result.published:
             self.published.setdefault(told.handle, []).append(told)
             self.cached.update(told.keys)
+            if self.keeps is not None:
+                self.keep(told)
         for chunk in result.exports:
             self.exports.setdefault(chunk.handle, []).append(chunk)
             self.order.append(("export", chunk.handle))
@@ -99,6 +109,20 @@ class Driven:
             self.logprobs.setdefault(entry.handle, []).append(entry)
         self.finishes.update({finish.handle: finish for finish in output.finishes})
         self.prompts.update({stats.handle: stats for stats in output.prompts})
+
+    def keep(self, told: PublishedBlocks) -> None:
+        for key, block, generation in zip(told.keys, told.blocks, told.generations, strict=False):
+            content = self.pool.blocks[block].tobytes()
+            assert self.pool.generations[block] == generation, "nothing was given away since"
+            self.keeps[key] = content
+
+    def fill(self, handle: int, keys: list[bytes], store: dict[bytes, bytes], first_block: int = 0) -> ImportTarget:
+        """Open blocks for the request `handle` and write them; the caller commits."""
+        target = self.engine.cache_open(handle, keys, first_block)
+        assert target is not None
+        for block, key in list(zip(target.blocks, keys[first_block:], strict=True))[target.num_cached_blocks :]:
+            self.pool.blocks[block] = np.frombuffer(store[key], dtype=np.uint8)
+        return target
 
     def run_alone(self, *requests: Request) -> Tokens:
         """Tokens of every choice of each request, prefilled and decoded here."""
@@ -182,6 +206,20 @@ class Pair:
         self.decode.engine.resume(
             decode_handle, outputs, [prefill_handle + c in self.prefill.finishes for c in choices]
         )
+
+
+class SelfPair(Pair):
+    """One engine that hands over to itself. The decode half has another cache root: it must load, not find."""
+
+    def start(self, request: Request) -> tuple[int, int]:
+        other = renamed(request, "decode " + request.request_id[:8])
+        return self.prefill.submit(request, Phase.PREFILL), self.decode.submit(other, Phase.DECODE)
+
+
+def keys_of(request: Request, tokens: Sequence[int] = (), block_tokens: int = 16) -> list[bytes]:
+    """Keys of the full blocks of a prompt and what came after it."""
+    packed = block_keys(request.cache_root, (*request.prompt_token_ids, *tokens), block_tokens)
+    return [packed[i : i + KEY_BYTES] for i in range(0, len(packed), KEY_BYTES)]
 
 
 def make_request(name: str, length: int, max_tokens: int = 16, **params: object) -> Request:

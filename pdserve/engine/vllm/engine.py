@@ -24,10 +24,11 @@ import xxhash
 from pdserve.engine.base import ImportTarget, KVMemory, KVMemoryFactory, StepResult
 from pdserve.engine.core.sequences import check_request
 from pdserve.engine.vllm.board import Ending, TransferBoard
+from pdserve.engine.vllm.cache import StagedCache
 from pdserve.engine.vllm.exports import Exports, publish_context
 from pdserve.engine.vllm.fills import Fills
 from pdserve.engine.vllm.news import CacheEvents, CacheNews
-from pdserve.engine.vllm.outputs import end_of, failed, finish_of, read_tokens
+from pdserve.engine.vllm.outputs import end_of, engine_load, failed, finish_of, read_tokens
 from pdserve.engine.vllm.requests import Choice, Live
 from pdserve.engine.vllm.saves import Saves
 from pdserve.engine.vllm.settings import VllmSettings
@@ -41,23 +42,22 @@ if TYPE_CHECKING:
     from pdserve.engine.vllm.driver import Event, Job
 
 POLL_S = 0.002
-"""Longest wait of a step. Output ends it at once; progress on the board is only seen by looking, and 2 ms is small
-beside the tens of ms of a prefill chunk."""
+"""Longest wait of a step. Output ends it; the board must be looked at: often, beside a chunk's tens of ms."""
 NUM_SLOTS = 8192
 """Transfers at once, 88 bytes each: far above any batch, and more than two for each of MAX_CHOICES."""
 EVENT_STEPS = 50
-"""Steps after the last request ended, 0.1 s, in which vLLM's events of it may still come."""
+"""0.1 s after the last request has ended: vLLM's events of it may still come."""
 
 
-class VllmEngine:
+class VllmEngine(StagedCache):
     """A `pdserve.engine.base.HandoverEngine`, and a `KVCache`."""
 
     def __init__(
         self, settings: VllmSettings, memory_factory: KVMemoryFactory, events: CacheEvents | None = None
     ) -> None:
-        """Starts vLLM (20 s and more). The factory must make memory with a `name` by which other processes of this
-        host attach it (`kvstore.transports.shm.SharedMemoryPool`). `events` tell of vLLM's own prefix cache; without
-        them only staging is told of. Raises `ConfigError`, `EngineFailed`."""
+        """Starts vLLM (20 s and more). The factory's memory must have a `name` for other processes of this host
+        (`kvstore.transports.shm.SharedMemoryPool`). Without `events` of vLLM's own cache only staging is told of.
+        Raises `ConfigError`, `EngineFailed`."""
         plan_model, finish_config, driver_class = import_vllm()
         plan = plan_model(settings)
         self._settings = settings
@@ -67,17 +67,18 @@ class VllmEngine:
         self._staging = StagingPool(self._memory, self._board, plan.layout.block_tokens, settings.verify_loads)
         self._events = events
         self._news = CacheNews(self._staging, events)
-        self._exports = Exports(self._staging, self._news, caching=settings.caches)
         self._fills = Fills(self._staging, self._news)
         self._saves = Saves(self._staging, self._news)
         config = finish_config(plan, settings, self._connector_config(plan.block_shape), events)
+        self._caches = bool(config.cache_config.enable_prefix_caching)  # what vLLM made of it: not every backend can
+        self._exports = Exports(self._staging, self._news, caching=self._caches)
         try:
             self._driver = driver_class(config, () if events is None else (events.run,))
         except Exception as error:
             self._board.close()
             raise start_error(error, self._board.refusal) from error
         self._model: ModelInfo = replace(plan.model, eos_token_ids=self._driver.eos_token_ids)
-        self._starter = Starter(settings, self._model, self._staging, self._news, self._saves)
+        self._starter = Starter(settings, self._model, self._staging, self._news, self._saves, caching=self._caches)
         self._live: dict[int, Live] = {}
         """By each of a request's handles."""
         self._waiting: deque[Live] = deque()
@@ -361,7 +362,7 @@ class VllmEngine:
         for choice, outputs, ended in zip(live.choices, output_token_ids, finished, strict=True):
             choice.closed |= ended
             self._take_over(live, choice, (*live.prior(choice.number), *outputs))
-        if self._settings.caches:
+        if self._caches:
             publish_context(self._staging, self._news, live, 0, live.num_context_tokens)
         slots = live.slots
         self._start(live)
@@ -377,59 +378,8 @@ class VllmEngine:
         return live
 
     def load(self) -> EngineLoad:
-        stats, cache = self._driver.stats, self._driver.config.cache_config
-        total = (cache.num_gpu_blocks or 0) * cache.block_size // self._layout.block_tokens
-        lives = {live for live in self._live.values() if live.phase is not Phase.DECODE and not live.prompt_told}
-        return EngineLoad(
-            num_running=stats.num_running,
-            num_waiting=stats.num_waiting + sum(len(live.choices) for live in self._waiting),
-            num_free_blocks=int(total * (1 - stats.kv_usage)),
-            num_total_blocks=total,
-            num_exported_blocks=sum(map(len, (b for live in set(self._live.values()) for b in live.chunks.values()))),
-            num_prefill_tokens_waiting=sum(live.num_context_tokens - live.num_exported for live in lives),
-            num_preemptions=stats.num_preemptions,
-            prefix_cache_queries=stats.prefix_queries,
-            prefix_cache_hits=stats.prefix_hits,
-        )
-
-    # Prefix cache
-
-    def cache_open(self, handle: int, keys: Sequence[bytes], first_block: int = 0) -> ImportTarget | None:
-        return self._fills.open(handle, keys, first_block) if self._settings.caches and not self._waiting else None
-
-    def cache_commit(self, handle: int, num_blocks: int) -> None:
-        self._fills.commit(handle, num_blocks)
-        self._fill_ended(handle)
-
-    def cache_drop(self, handle: int) -> None:
-        self._fills.close(handle, open_too=True)
-        self._fill_ended(handle)
-
-    def _fill_ended(self, handle: int) -> None:
-        live = self._filling.pop(handle, None)
-        if live is not None:
-            self._start(live)
-        elif handle not in self._live:
-            return
-        self._admit()
-
-    def cache_lend(self, keys: Sequence[bytes]) -> tuple[int, ...] | None:
-        return tuple(self._staging.hold(keys)) or None
-
-    def cache_return(self, blocks: Sequence[int]) -> None:
-        self._staging.retire_blocks(blocks)
-        self._admit()
-
-    def cached_keys(self) -> list[bytes]:
-        """Every key that vLLM's cache or staging can find."""
-        return self._news.keys()
-
-    def check_integrity(self) -> None:
-        """Raises `AssertionError` if the books of the staging area do not add up."""
-        lives = set(self._live.values())
-        chunks = (blocks for live in lives for blocks in live.chunks.values())
-        own = (live.blocks[-(-live.num_exported // self._layout.block_tokens) :] for live in lives)
-        self._staging.check_integrity([*chunks, *own, *self._saves.holders(), *self._fills.holders()])
+        num_waiting = sum(len(live.choices) for live in (*self._waiting, *self._filling.values()))
+        return engine_load(self._driver, set(self._live.values()), self._layout.block_tokens, num_waiting)
 
     def close(self) -> None:
         self._driver.close()

@@ -6,13 +6,16 @@ the same rules as in the other engines.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pdserve.engine.vllm.board import Ending
 from pdserve.engine.vllm.requests import Choice, Live
 from pdserve.errors import DigestMismatch, EngineFailed, PdserveError, StaleBlock
-from pdserve.types import Finish, FinishReason, Logprobs, ModelInfo, Phase, StepOutput
+from pdserve.types import EngineLoad, Finish, FinishReason, Logprobs, ModelInfo, Phase, StepOutput
+
+if TYPE_CHECKING:
+    from pdserve.engine.vllm.driver import VllmDriver
 
 
 def end_of(live: Live, outputs: Sequence[int], model: ModelInfo) -> tuple[FinishReason, int | None] | None:
@@ -86,3 +89,21 @@ def _load_error(ending: Ending) -> PdserveError:
     if ending is Ending.CORRUPT:
         return DigestMismatch("a staging block is not what was imported; vLLM did not load it")
     return EngineFailed("vLLM ended the request with an internal error")
+
+
+def engine_load(driver: VllmDriver, live: Collection[Live], block_tokens: int, num_waiting: int) -> EngineLoad:
+    """How busy vLLM is, and what waits before it; free blocks are counted in ours."""
+    stats, cache = driver.stats, driver.config.cache_config
+    total = (cache.num_gpu_blocks or 0) * cache.block_size // block_tokens
+    prompts = (one for one in live if one.phase is not Phase.DECODE and not one.prompt_told)
+    return EngineLoad(
+        num_running=stats.num_running,
+        num_waiting=stats.num_waiting + num_waiting,
+        num_free_blocks=int(total * (1 - stats.kv_usage)),
+        num_total_blocks=total,
+        num_exported_blocks=sum(len(blocks) for one in live for blocks in one.chunks.values()),
+        num_prefill_tokens_waiting=sum(one.num_context_tokens - one.num_exported for one in prompts),
+        num_preemptions=stats.num_preemptions,
+        prefix_cache_queries=stats.prefix_queries,
+        prefix_cache_hits=stats.prefix_hits,
+    )

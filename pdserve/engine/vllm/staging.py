@@ -31,7 +31,7 @@ class StagedBlocks(BlockManager):
             self._free.move_to_end(block, last=False)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Retired:
     blocks: list[int]
     slot: int | None

@@ -19,9 +19,17 @@ class Starter:
     """Makes an engine's jobs."""
 
     def __init__(
-        self, settings: VllmSettings, model: ModelInfo, staging: StagingPool, news: CacheNews, saves: Saves
+        self,
+        settings: VllmSettings,
+        model: ModelInfo,
+        staging: StagingPool,
+        news: CacheNews,
+        saves: Saves,
+        *,
+        caching: bool,
     ) -> None:
         self._settings = settings
+        self._caching = caching
         self._max_model_len = model.max_model_len
         self._staging = staging
         self._news = news
@@ -55,11 +63,11 @@ class Starter:
             assert choice.load_slot is not None, "a DECODE request was given slots with its blocks"
             digests = [live.digests[index] for index in range(len(live.blocks))]
             return self._described(choice.load_slot, 0, live.blocks, live.num_context_tokens, digests)
-        if not self._settings.caches or not self._staging.num_free_slots:
+        if not self._caching:
             return None
         first, blocks = self._staged(live.keys(choice, len(live.vllm_prompt) // self._size, self._size))
-        room = self._staging.allocate(0, 1)
-        if not blocks or room is None:
+        room = self._staging.allocate(0, 1) if blocks else None
+        if room is None:
             return None
         choice.load_slot = room[1][0]
         self._staging.retire_blocks(blocks, [choice.load_slot], first)
@@ -92,7 +100,7 @@ class Starter:
                 return None
             count = live.num_context_tokens
             return {"slot": choice.save_slot, "first_block": 0, "blocks": list(live.blocks), "num_tokens": count}
-        if not self._settings.saves or not self._settings.caches:
+        if not self._settings.saves or not self._caching:
             return None
         num_tokens = live.num_context_tokens
         first_block = num_tokens // self._size
