@@ -143,9 +143,9 @@ async def test_blocks_in_the_store_are_not_copied_again() -> None:
         assert metric(node.workers[1], "pdserve_store_bytes_total", tier="dram", direction="write") == 0
 
 
-async def test_a_fetched_prefix_is_not_pulled_again_by_decode() -> None:
-    """The decode worker's own cache has the first turn."""
-    async with running_node(workers=2) as node:
+@pytest.mark.parametrize("build", [None, sim_builder(DEVICE)], ids=["host", "device"])
+async def test_what_decode_has_cached_is_not_pulled_again(build: EngineBuilder | None) -> None:
+    async with store_of() as kvstore, joined(kvstore, 2, build=build) as node:
         prefill, decode = node.routers
         first = make_request("a", length=160, max_tokens=33)
         tokens = await PairRequest(prefill, decode, first).start().result()
