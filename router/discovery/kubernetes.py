@@ -86,7 +86,7 @@ class KubernetesDiscovery:
             self._slices[each.metadata.name] = each
 
     def _addresses(self) -> frozenset[str]:
-        return worker_addresses(self._slices.values(), self._config.port_name)
+        return worker_addresses(self._slices.values(), self._config.port_name, self._told or frozenset())
 
     def _healthy(self) -> None:
         """Not after a list alone: a server that lists but can't watch must not be asked in a tight loop."""

@@ -2,6 +2,10 @@
 
 Several slices of one Service, and the Services of several models, add up to one set. While the slice controller moves
 an endpoint both its old and its new slice may show it; a pod that terminates never comes back, so that word counts.
+
+"Not ready" counts as long as a Service has ready endpoints. Where all turn unready at once, whoever says so is in
+doubt: a cluster whose control plane was away for a while calls every pod unready, since its nodes could not report.
+Then workers stay that were ready before and do not terminate; one that is gone, or drains, says so by its stream.
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ class Endpoint(msgspec.Struct, frozen=True):
 
     @property
     def ready(self) -> bool:
-        return self.conditions.ready is not False and not self.conditions.terminating
+        return self.conditions.ready is not False
 
 
 class Port(msgspec.Struct, frozen=True):
@@ -49,6 +53,7 @@ class Port(msgspec.Struct, frozen=True):
 
 class Metadata(msgspec.Struct, frozen=True):
     name: str = ""
+    labels: dict[str, str] = {}
     resourceVersion: str = ""
 
 
@@ -57,6 +62,10 @@ class Slice(msgspec.Struct, frozen=True):
     addressType: str = "IPv4"
     endpoints: tuple[Endpoint, ...] | None = None
     ports: tuple[Port, ...] | None = None
+
+    @property
+    def service(self) -> str:
+        return self.metadata.labels.get("kubernetes.io/service-name", self.metadata.name)
 
     def port(self, name: str) -> int | None:
         """The number of the TCP port of that name."""
@@ -69,19 +78,35 @@ class SliceList(msgspec.Struct, frozen=True):
     items: tuple[Slice, ...] = ()
 
 
-def worker_addresses(slices: Iterable[Slice], port_name: str) -> frozenset[str]:
-    """host:port of every endpoint that takes new requests. Slices of names, or without that port, have none."""
+def worker_addresses(slices: Iterable[Slice], port_name: str, known: frozenset[str] = frozenset()) -> frozenset[str]:
+    """host:port of every endpoint that takes new requests; `known` is what was said last. Slices of names, or without
+    that port, have none."""
     slices = list(slices)
     endpoints = [endpoint for each in slices for endpoint in each.endpoints or ()]
     leaving = {endpoint.identity for endpoint in endpoints if endpoint.conditions.terminating}
-    return frozenset(address for each in slices for address in _addresses(each, port_name, leaving))
+    services: dict[str, list[Slice]] = {}
+    for each in slices:
+        services.setdefault(each.service, []).append(each)
+    taken = (_of_service(each, port_name, leaving, known) for each in services.values())
+    return frozenset(address for addresses in taken for address in addresses)
 
 
-def _addresses(each: Slice, port_name: str, leaving: set[str]) -> Iterator[str]:
+def _of_service(slices: list[Slice], port_name: str, leaving: set[str], known: frozenset[str]) -> set[str]:
+    staying = [
+        (address, endpoint.ready)
+        for each in slices
+        for address, endpoint in _addresses(each, port_name)
+        if endpoint.identity not in leaving
+    ]
+    ready = {address for address, is_ready in staying if is_ready}
+    return ready or {address for address, _ in staying} & known
+
+
+def _addresses(each: Slice, port_name: str) -> Iterator[tuple[str, Endpoint]]:
     port = each.port(port_name)
     if port is None or each.addressType not in ("IPv4", "IPv6"):
         return
     for endpoint in each.endpoints or ():
-        if endpoint.ready and endpoint.identity not in leaving and endpoint.addresses:
+        if endpoint.addresses:
             host = endpoint.addresses[0]  # by definition of the API all others mean the same endpoint
-            yield f"[{host}]:{port}" if each.addressType == "IPv6" else f"{host}:{port}"
+            yield (f"[{host}]:{port}" if each.addressType == "IPv6" else f"{host}:{port}"), endpoint

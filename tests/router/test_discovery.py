@@ -72,6 +72,20 @@ def test_a_new_pod_on_the_address_of_one_that_terminates_is_taken():
     assert worker_addresses(slices, "grpc") == {"10.0.0.1:7000"}
 
 
+def test_a_service_that_turns_unready_as_a_whole_keeps_the_workers_that_were_ready():
+    """As after an outage of the control plane: nodes could not report, so every pod is called unready."""
+    unready = make_slice("a", endpoint("10.0.0.1", ready=False), endpoint("10.0.0.2", ready=False))
+    known = frozenset({"10.0.0.1:7000", "10.0.0.9:7000"})
+    assert worker_addresses([unready], "grpc", known) == {"10.0.0.1:7000"}, "not 2, which was never ready"
+    assert worker_addresses([unready], "grpc") == frozenset()
+    other = make_slice("b", endpoint("10.0.1.1"))
+    assert worker_addresses([unready, other], "grpc", known) == {"10.0.0.1:7000", "10.0.1.1:7000"}, "by Service"
+    mixed = make_slice("a", endpoint("10.0.0.1", ready=False), endpoint("10.0.0.2"))
+    assert worker_addresses([mixed], "grpc", known) == {"10.0.0.2:7000"}
+    leaving = make_slice("a", endpoint("10.0.0.1", ready=False, terminating=True))
+    assert worker_addresses([leaving], "grpc", known) == frozenset()
+
+
 def test_slices_without_the_port_or_of_names_have_no_workers():
     slices = [
         make_slice("a", endpoint("10.0.0.1"), ports=(("http", 80),)),
