@@ -181,14 +181,19 @@ async def _storm(arguments: argparse.Namespace, cluster: Cluster, load: Load, di
 
 
 async def _aftermath(cluster: Cluster, load: Load, report: Report) -> None:
-    """Everything is given back, nothing in a store is wrong, and all cases are answered once more."""
+    """Everything is given back, nothing in a store is wrong; and all cases are answered once more by prefill workers
+    that have nothing of their own, so that what is cached can only come from the stores."""
     await cluster.wait_answering()
     report.leftovers += await at_rest(cluster)
     report.leftovers += await verified(cluster, disk_may_be_wrong=report.corrupted > 0)
-    before = await hits(cluster, cluster.stores)
+    for member in cluster.of_role("prefill"):
+        member.process.terminate()
+        await cluster.restart(member)
+    await cluster.wait_answering()
+    before = await hits(cluster)
     await load.everything()
-    after = await hits(cluster, cluster.stores)
-    report.store_hits_after = sum(after.values()) - sum(before.values())
+    after = await hits(cluster)
+    report.store_hits_after = sum(after[tier] - before[tier] for tier in ("dram", "disk", "peer"))
     report.leftovers += await at_rest(cluster)
     tally = load.tally
     report.answers, report.errors = tally.answers, dict(tally.errors)

@@ -20,6 +20,7 @@ from pdserve_cli.parity_alone import generate_alone
 from pdserve_cli.parity_cases import MAX_TOKENS, make_cases
 from pdserve_cli.parity_cell import Cell, Findings, Setting, run_cell
 from pdserve_cli.parity_types import OUTPUTS, Case, Run
+from pdserve_cli.tiers import TIERS
 
 _MAX_SHOWN = 10
 _THREADS = 64
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 runs deterministic")
     parser.add_argument("--store", choices=("on", "off"), help="the KV store (on; off with --engine vllm)")
-    parser.add_argument("--tiers", default="hbm", help="with the store: must have given blocks (hbm)")
+    parser.add_argument("--tiers", default=",".join(TIERS), help="with the store: must have given blocks (all four)")
     parser.add_argument("--corrupt", type=int, default=0, metavar="N", help="corrupt every Nth block on disk meanwhile")
     parser.add_argument("--transport", choices=("all", "shm", "tcp"), default="all")
     parser.add_argument("--chunk", type=int, action="append", metavar="N", help="chunk sizes, repeatable (96, 512)")
