@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="stores; workers take them in turn (1)")
     parser.add_argument("--http-port", type=int, default=8000, help="OpenAI API; 0: any free port (8000)")
     parser.add_argument("--grpc-port", type=int, default=8001, help="gRPC; 0: any free port (8001)")
-    parser.add_argument("--disaggregate", choices=("auto", "always", "never"), default="auto", help="(auto)")
+    parser.add_argument("--disaggregate", choices=("auto", "always", "never"), default="always", help="(always)")
     parser.add_argument(
         "--python", default=sys.executable, help="interpreter of the workers, e.g. of a vLLM environment"
     )

@@ -92,7 +92,8 @@ def _make_one(
 
 
 def _rules(options: PlacementOptions) -> ConductorRules:
-    """`always`: no request is given to a decode worker alone because that would be faster."""
-    if options.disaggregate == "auto":
-        return ConductorRules()
-    return ConductorRules(alone_tokens=0, degrade_ratio=math.inf)
+    """`always`: no request is given to a decode worker alone because that would be faster, or because no prefill worker
+    is there; only when hand-over itself fails."""
+    if options.disaggregate == "always":
+        return ConductorRules(alone_tokens=0, degrade_ratio=math.inf, alone_without_prefill=False)
+    return ConductorRules()
