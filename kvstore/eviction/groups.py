@@ -74,10 +74,11 @@ class Groups:
         self._burials: Queue = OrderedDict()
         """The dead again, in order of their death."""
 
-    def cover(self, keys: Sequence[Key], now: float, extends: bool) -> Cover:
+    def cover(self, keys: Sequence[Key], now: float, num_used: int = 0) -> Cover:
         """Groups that hold exactly `keys`, ghosts among them, splitting and making groups as needed.
 
-        New groups lie one deeper than what precedes them, unless the chain merely `extends` what it stored before.
+        New groups lie one deeper than what precedes them, unless they only go on with what this request made itself:
+        that ends at `num_used`, and has been used once.
         """
         groups: list[Group] = []
         left: list[Group] = []
@@ -85,7 +86,7 @@ class Groups:
         while start < len(keys):
             group = self.find(keys[start])
             if group is None:
-                group = self._made(keys, start, now, groups[-1] if groups else None, extends)
+                group = self._made(keys, start, now, groups[-1] if groups else None, num_used)
             else:
                 group = self._from(group, keys[start])
                 rest = self._cut(group, keys[start : start + len(group)])
@@ -184,9 +185,10 @@ class Groups:
         )
         require(not self.resident.keys() & self.ghosts.keys(), "a ghost is resident")
 
-    def _made(self, keys: Sequence[Key], start: int, now: float, before: Group | None, extends: bool) -> Group:
+    def _made(self, keys: Sequence[Key], start: int, now: float, before: Group | None, num_used: int) -> Group:
         end = next((i for i in range(start + 1, len(keys)) if self.find(keys[i]) is not None), len(keys))
-        depth = 0 if before is None else before.depth + (not extends)
+        is_next_turn = before is not None and (start != num_used or before.uses > 1)
+        depth = 0 if before is None else before.depth + is_next_turn
         group = Group(list(islice(keys, start, end)), [], depth, now)
         for key in group.keys:
             self.resident[key] = group

@@ -11,6 +11,7 @@ Hot path. A pool in which nothing may leave costs a scan a victim; all else is a
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,6 +33,8 @@ _KINDS = _LEFT + 1
 _FAMILIES = (_TURNS, _SHARED, 1)
 _GAP_WEIGHT = 0.15
 """Of the latest gap in the moving mean, once there are seven."""
+_MAX_ENDS = 4096
+"""Requests that may still go on: chains are told of chunk by chunk, hits first, then what was computed."""
 _RECOMPUTE_S = 20.0
 _RECOMPUTE_MIN_KEYS = 4096
 _RECOMPUTE_SHARE = 8
@@ -46,6 +49,9 @@ class HazardPolicy:
         """Remembers `min_ghosts` evicted keys, or one for every two resident ones if that is more."""
         self._groups = Groups(_KINDS, min_ghosts)
         self._reuse = ReuseTable(_FAMILIES)
+        self._num_told = 0
+        self._ends: OrderedDict[Key, int] = OrderedDict()
+        """Last keys of chains that were told of lately, the latest last, and when by number."""
         self._now = float("-inf")
         self._ranked_s = 0.0
         """When the ranking was made; at the first call, the time of that."""
@@ -60,13 +66,19 @@ class HazardPolicy:
 
     def access(self, keys: Sequence[Key], now: float, *, extends: bool = False) -> None:
         now = self._advance(now)
-        cover = self._groups.cover(keys, now, extends)
+        num_used = self._num_used(keys) if extends else 0
+        cover = self._groups.cover(keys, now, num_used)
         for group in cover.left:
-            self._move(group, _LEFT, group.age_bin)
+            if group.keys:
+                self._move(group, _LEFT, group.age_bin)
         turn = cover.groups[-1].depth if cover.groups else 0
+        place = 0
         for group in cover.groups:
-            self._touch(group, turn, now, extends)
-        self._keys_left -= len(keys)
+            self._touch(group, turn, now, is_use=place >= num_used)
+            place += len(group)
+        if keys:
+            self._remember_end(keys)
+        self._keys_left -= len(keys) - num_used
         self._rank_again_if_due(now)
 
     def evict(self, now: float, allowed: Allowed) -> Key | None:
@@ -96,25 +108,43 @@ class HazardPolicy:
         self._now = max(now, self._now)
         return self._now
 
-    def _touch(self, group: Group, turn: int, now: float, extends: bool) -> None:
-        if group.uses:
-            self._leave(group, now, reused=not extends)
-        self._reuse.came(len(group))
+    def _num_used(self, keys: Sequence[Key]) -> int:
+        """How much of the chain this request has used already: up to the end of what it gave before."""
+        ends = self._ends
+        last, num_used = max(((ends[key], place) for place, key in enumerate(keys, 1) if key in ends), default=(0, 0))
+        if last:
+            del ends[keys[num_used - 1]]
+        return num_used
+
+    def _remember_end(self, keys: Sequence[Key]) -> None:
+        """The request may go on after this key."""
+        self._num_told += 1
+        self._ends[keys[-1]] = self._num_told
+        self._ends.move_to_end(keys[-1])
+        if len(self._ends) > _MAX_ENDS:
+            self._ends.popitem(last=False)
+
+    def _touch(self, group: Group, turn: int, now: float, *, is_use: bool) -> None:
+        """`is_use`: the request has not used it before; else all that it may change is what it is taken for."""
         self._groups.revive(group)
-        if not extends or not group.uses:
-            group.uses += 1
+        if not is_use:
+            self._move(group, _kind(group, turn), group.age_bin)
+            return
+        if group.uses:
+            self._book_reuse(group, now)
+        self._reuse.came(len(group))
+        group.uses += 1
         group.touched_s = now
         self._move(group, _kind(group, turn), 0)
 
-    def _leave(self, group: Group, now: float, *, reused: bool) -> None:
-        """Books the age at which the group is touched again."""
+    def _book_reuse(self, group: Group, now: float) -> None:
+        """Books the age at which the group is used again."""
         age_s, blocks = now - group.touched_s, len(group)
         last = bin_of(age_s)
         self._reuse.passed(group.kind, group.age_bin, last, blocks)
         self._reuse.stayed(group.kind, last, blocks, age_s)
-        if reused:
-            self._reuse.reused(group.kind, last, blocks)
-            group.gap_s += (age_s - group.gap_s) * max(_GAP_WEIGHT, 1 / group.uses)
+        self._reuse.reused(group.kind, last, blocks)
+        group.gap_s += (age_s - group.gap_s) * max(_GAP_WEIGHT, 1 / group.uses)
 
     def _move(self, group: Group, kind: int, age_bin: int) -> None:
         self._groups.move(group, kind, age_bin)
