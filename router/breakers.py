@@ -67,6 +67,10 @@ class LinkBreakers:
         breaker = self._breakers.get((source, target))
         return breaker.state if breaker is not None else State.CLOSED
 
+    def rests(self, source: str, target: str) -> bool:
+        """Nothing may be sent over it now."""
+        return bool(self._breakers) and self._links.is_broken(source, target)
+
     def num_open(self) -> int:
         return sum(breaker.state is not State.CLOSED for breaker in self._breakers.values())
 

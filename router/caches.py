@@ -53,6 +53,11 @@ class WorkerCache:
             new, gone = self.guess.add(split_keys(keys), now)
             self._apply((EventKind.REMOVED, gone), (EventKind.STORED, new))
 
+    def judge(self, true: bool) -> None:
+        """A guess held, or it did not."""
+        if self.guess is not None and (gone := self.guess.judge(true)):
+            self._apply((EventKind.REMOVED, gone))
+
     def tick(self, now: float) -> None:
         self._index.renew(self.info.worker_id, self.info.incarnation, lease_s=LEASE_S)
         if self.guess is not None and (gone := self.guess.age(now)):
@@ -111,6 +116,11 @@ class WorkerCaches:
         cache = self._caches.get(worker_id)
         if cache is not None and cache.guess is not None:
             cache.computed(keys, self._clock())
+
+    def judge(self, worker_id: str, true: bool) -> None:
+        cache = self._caches.get(worker_id)
+        if cache is not None:
+            cache.judge(true)
 
     def guessed(self, worker_id: str) -> bool:
         """The worker tells nothing."""

@@ -14,11 +14,16 @@ POOL_SHARE = 0.5
 """Of a worker's blocks that are taken to hold prefixes: the rest is running requests' outputs and what evicted them."""
 
 
+MIN_CAPACITY = 16
+SHRINKAGE, GROWTH = 0.8, 1.02
+"""Ten true guesses make up for one that was not: at equilibrium one in eleven fails, which costs little."""
+
+
 class Guess:
     """One worker's. `add` and `age` return the changes, so that an index can follow."""
 
     def __init__(self, num_blocks: int) -> None:
-        self._capacity = max(1, int(num_blocks * POOL_SHARE))
+        self._most = self._capacity = max(MIN_CAPACITY, int(num_blocks * POOL_SHARE))
         self._expiry: OrderedDict[bytes, float] = OrderedDict()
 
     def __len__(self) -> int:
@@ -34,8 +39,17 @@ class Guess:
                 new.append(key)
             expiry[key] = deadline
             expiry.move_to_end(key)
-        gone = [expiry.popitem(last=False)[0] for _ in range(len(expiry) - self._capacity)]
-        return new, gone
+        return new, self._overflow()
+
+    def judge(self, true: bool) -> list[bytes]:
+        """Whether a prompt was found as believed. Blocks leave sooner than was thought if not: then fewer are believed
+        in; those are returned."""
+        factor = GROWTH if true else SHRINKAGE
+        self._capacity = min(self._most, max(MIN_CAPACITY, int(self._capacity * factor) + true))
+        return self._overflow()
+
+    def _overflow(self) -> list[bytes]:
+        return [self._expiry.popitem(last=False)[0] for _ in range(len(self._expiry) - self._capacity)]
 
     def age(self, now: float) -> list[bytes]:
         """Those that have become too old."""

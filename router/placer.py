@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pdserve.errors import HandoverError, PdserveError, WorkerLost
 from pdserve.types import PromptStats
@@ -17,7 +17,7 @@ from router.breakers import LinkBreakers
 from router.fleet import Fleet
 from router.prefixes import PrefixIndex
 from router.request import ActiveRequest
-from router.scheduling.base import Ask, Decision, Policy
+from router.scheduling.base import Ask, Decision, Pick, Policy
 from router.scheduling.forecasts import Predictor
 from router.session import Link
 
@@ -83,6 +83,18 @@ class Placer:
             active.wait()
             self._poke()
             return
+        try:
+            self._decide_on(ask)
+        except BaseException:
+            self._waiting.pop(ask, None)
+            del self._asks[active]
+            self.policy.ended(ask)
+            raise
+        if ask in self._waiting:
+            active.wait()
+
+    def _decide_on(self, ask: Ask) -> None:
+        """Raises its refusal; others are told theirs."""
         refusal: PdserveError | None = None
         for decision in self._decide():
             if decision.ask is ask and decision.error is not None:
@@ -91,10 +103,7 @@ class Placer:
                 self._carry_out(decision)
         self._arm()
         if refusal is not None:
-            del self._waiting[ask], self._asks[active]
             raise refusal
-        if ask in self._waiting:
-            active.wait()
 
     def wait_s(self) -> float:
         """How long the queue would take to be placed, at the present pace."""
@@ -223,6 +232,7 @@ class Placer:
             active.not_placed(decision.error)
             return
         self._count_bound()
+        decision = self._over_whole_links(decision)
         try:
             active.bind(decision)
         except WorkerLost as error:
@@ -233,6 +243,15 @@ class Placer:
         computes = decision.prefill or decision.decode
         if computes is not None and decision.forecast.num_cached_tokens:
             active.attempt.prefix_source = self._prefixes.source(computes.info)
+
+    def _over_whole_links(self, decision: Decision[Link]) -> Decision[Link]:
+        """A policy that knows nothing of breakers may choose a link that is closed: then decode does it all."""
+        if decision.prefill is None or decision.decode is None:
+            return decision
+        if not self.breakers.rests(decision.prefill.info.worker_id, decision.decode.info.worker_id):
+            return decision
+        pick = Pick("decode", decision.decode.info.worker_id, 1, len(self._workers), (), notes=("alone=no_link",))
+        return replace(decision, prefill=None, picks=(*decision.picks, pick))
 
     def _count_bound(self) -> None:
         now = time.monotonic()

@@ -82,18 +82,25 @@ class PrefixIndex:
     # ---- and whether it was true ----
 
     def check(self, worker_id: str, incarnation: int, believed: int, stats: PromptStats) -> None:
-        """A prompt is through: tokens that the worker's own cache was believed to hold, against what was found. Blocks
-        that came from a store say nothing for it. A store is not judged: a worker may have had reason not to fetch."""
+        """A prompt is through: tokens that the worker's own cache was believed to hold, against what was found. A
+        worker that tells is judged; of one that is guessed at less is believed. Blocks that came from a store say
+        nothing for it. A store is not judged: a worker may have had reason not to fetch."""
         found = max(0, stats.num_cached_tokens - stats.num_fetched_tokens)
-        distrusted = self.index.observe(worker_id, incarnation, believed, found)
-        ratio = self.index.audit.ratio(worker_id)
-        self._metrics.prefix_audit_ratio.labels(worker_id).set(ratio)
         self._metrics.prefix_believed_tokens.inc(believed)
         self._metrics.prefix_found_tokens.inc(min(found, believed))
+        if self._caches.guessed(worker_id):
+            self._caches.judge(worker_id, found >= believed)
+            return
+        distrusted = self.index.observe(worker_id, incarnation, believed, found)
+        self._metrics.prefix_audit_ratio.labels(worker_id).set(self.index.audit.ratio(worker_id))
         if distrusted:
-            self._metrics.prefix_distrusted.labels(worker_id).inc()
-            log.warning(
-                "worker %s holds less than it was believed to: its cache is not believed any more until it restarts",
-                worker_id,
-                extra={"worker_id": worker_id, "incarnation": incarnation, "ratio": round(ratio, 3)},
-            )
+            self._tell(worker_id, incarnation)
+
+    def _tell(self, worker_id: str, incarnation: int) -> None:
+        self._metrics.prefix_distrusted.labels(worker_id).inc()
+        ratio = round(self.index.audit.ratio(worker_id), 3)
+        log.warning(
+            "worker %s holds less than it was believed to: its cache is not believed any more until it restarts",
+            worker_id,
+            extra={"worker_id": worker_id, "incarnation": incarnation, "ratio": ratio},
+        )

@@ -8,8 +8,10 @@ import pytest
 from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.sim import SimEngineConfig, expected_tokens
 from pdserve.engine.timing import LinearTiming
-from pdserve.errors import DeadlineExceeded, ModelNotFound, NoWorker, Overloaded, WorkerLost
+from pdserve.errors import DeadlineExceeded, ModelNotFound, NoWorker, Overloaded, PeerLost, WorkerLost
 from pdserve.types import CacheDelta, Role
+from router.breakers import BreakerRules
+from router.guesses import Guess
 from router.request import Timeouts
 
 SLOW_DECODE = LinearTiming(0, 0, 0, 5.0, 0, 0)
@@ -330,6 +332,61 @@ async def test_a_worker_that_tells_nothing_is_guessed_at(house, sink, incoming):
     believed = [record.last.forecast.num_cached_tokens for record in records]
     assert believed[0] == 0
     assert all(tokens >= 784 for tokens in believed[2:])
+
+
+def test_a_guess_that_fails_makes_the_next_ones_smaller():
+    guess = Guess(num_blocks=400)
+    keys = [bytes([i, j] * 8) for i in range(4) for j in range(50)]
+    new, gone = guess.add(keys, now=0.0)
+    assert (len(new), gone) == (200, [])
+    gone = guess.judge(False)
+    assert len(gone) == 40
+    assert keys[0] not in gone  # a chain goes from its end
+    for _ in range(100):
+        guess.judge(False)
+    assert len(guess) == 16
+    for _ in range(300):
+        guess.judge(True)
+    assert len(guess.add(keys, now=1.0)[0]) == 184
+    assert len(guess.age(now=121.0)) == 200
+
+
+@pytest.mark.parametrize("policy", ["conductor", "least_loaded"])
+async def test_a_link_that_fails_is_left_alone_and_tried_again(house, sink, incoming, wait_until, policy):
+    await house.pair()
+    core = await house.core(placement={"policy": policy, "breaker": BreakerRules(failures=2, rest_s=0.1)})
+    breakers = core.served[0].placer.breakers
+    assert (await ask(core, sink, incoming, "a" * 100)).prefill_worker == "p0"
+    for _ in range(2):
+        breakers.failed("p0", "d0")
+    record = await ask(core, sink, incoming, "b" * 100)
+    assert (record.prefill_worker, record.decode_worker) == (None, "d0")
+    assert record.last.alone == "no_link"
+    count = house.registry.get_sample_value(
+        "pdserve_placements_alone_total", {"model_name": "tiny", "reason": "no_link"}
+    )
+    assert count == 1
+    await wait_until(lambda: breakers.tick() or not breakers.rests("p0", "d0"))
+    assert (await ask(core, sink, incoming, "c" * 100)).prefill_worker == "p0"
+    assert breakers.num_open() == 0
+
+
+async def test_a_hand_over_that_fails_is_done_by_one_worker(house, sink, incoming, monkeypatch):
+    _, decode = await house.pair()
+
+    async def lose(*_):
+        raise PeerLost("the peer hung up")
+
+    core, got = await house.core(max_retries=2), sink()
+    monkeypatch.setattr(decode.puller._peers, "connect", lose)
+    handle = core.submit(incoming("x" * 100, max_tokens=12, temperature=0.9, seed=4), got)
+    await got.result()
+    assert got.error is None
+    assert got.token_ids[0] == expected_tokens(house.sim, handle.request)
+    record = core.catalog.find(handle.request_id)
+    assert [attempt.outcome for attempt in record.attempts] == ["peer_lost", "ok"]
+    assert (record.prefill_worker, record.decode_worker) == (None, "d0")
+    await house.wait_idle()
 
 
 async def test_the_record_tells_why_and_what_came_of_it(house, sink, incoming):
