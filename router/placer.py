@@ -241,7 +241,9 @@ class Placer:
         if decision.prefill is not None and decision.decode is not None:
             self.breakers.bound(decision.prefill.info.worker_id, decision.decode.info.worker_id)
         computes = decision.prefill or decision.decode
-        if computes is not None and decision.forecast.num_cached_tokens:
+        assert computes is not None, "a decision without an error has a worker"
+        active.record.revision = computes.info.model.revision
+        if decision.forecast.num_cached_tokens:
             active.attempt.prefix_source = self._prefixes.source(computes.info)
 
     def _over_whole_links(self, decision: Decision[Link]) -> Decision[Link]:

@@ -51,7 +51,11 @@ class Timeouts:
     queue_s: float = 60.0
 
     def of(self, clock: str) -> float:
-        return float(getattr(self, clock + "_s"))
+        if clock == "decode":
+            return self.decode_s
+        if clock == "prefill":
+            return self.prefill_s
+        return self.transfer_s if clock == "transfer" else self.queue_s
 
 
 class Placing(Protocol):
@@ -223,8 +227,10 @@ class ActiveRequest:
         if leg.phase is Phase.DECODE:
             attempt.kv_arrived_s = self._age()
             return
-        self.record.num_cached_tokens = attempt.num_cached_tokens = stats.num_cached_tokens
-        self.record.num_fetched_tokens = attempt.num_fetched_tokens = stats.num_fetched_tokens
+        attempt.num_cached_tokens, attempt.num_fetched_tokens = stats.num_cached_tokens, stats.num_fetched_tokens
+        if not attempt.num_prior_tokens:  # else outputs may be among them
+            self.record.num_cached_tokens = stats.num_cached_tokens
+            self.record.num_fetched_tokens = stats.num_fetched_tokens
         self._around.placing.prefilled(self, stats)
 
     def on_first_output(self) -> None:

@@ -246,6 +246,25 @@ async def test_one_model_without_workers_leaves_the_other_alone(house, sink, inc
         core.submit(incoming(model="gone"), sink())
 
 
+async def test_a_rolling_upgrade_pairs_only_equal_revisions(house, sink, incoming):
+    upgraded = replace(house.sim, model=replace(house.sim.model, revision="r2"), model_seed=1)
+    for sim, tag in ((house.sim, "r1"), (upgraded, "r2")):
+        await house.worker(Role.PREFILL, f"p-{tag}", sim=sim)
+        await house.worker(Role.DECODE, f"d-{tag}", sim=sim)
+    core = await house.core(placement={**CONDUCTOR, "disaggregate": "always"})
+    sinks = [sink() for _ in range(12)]
+    handles = [core.submit(incoming(f"{i} " * 100, max_tokens=5), got) for i, got in enumerate(sinks)]
+    seen = set()
+    for handle, got in zip(handles, sinks, strict=True):
+        await got.result()
+        record = core.catalog.find(handle.request_id)
+        assert record.prefill_worker[2:] == record.decode_worker[2:] == record.revision
+        sim = house.sim if record.revision == "r1" else upgraded
+        assert got.token_ids[0] == expected_tokens(sim, handle.request)
+        seen.add(record.revision)
+    assert seen == {"r1", "r2"}
+
+
 # ---- the index ----
 
 
