@@ -42,6 +42,8 @@ class Incoming:
     priority: int = 0
     timeout_ms: int = 0
     traceparent: str = ""
+    session: str = ""
+    """The client's name for its conversation, for the policy `session`."""
 
 
 @dataclass(frozen=True, slots=True)

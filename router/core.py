@@ -141,6 +141,7 @@ class RouterCore:
             request = served.prompts.request(incoming, bounds)
             active = self._active_request(served, incoming, request, sink, arrived)
             active.record.tokenised_s = time.monotonic() - arrived
+            active.session = incoming.session
             self._place(served, active)
         except BaseException:
             self.admission.num_inflight -= 1

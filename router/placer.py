@@ -206,6 +206,7 @@ class Placer:
             request.block_keys,
             request.params.n,
             request.priority,
+            session=active.session,
             ttft_slo_s=self._options.ttft_slo_s,
             disaggregate=self._options.disaggregate and handed_over,
         )

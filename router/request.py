@@ -113,6 +113,8 @@ class ActiveRequest:
         self.deadline = FOREVER
         self.done = False
         self.error: PdserveError | None = None
+        self.session = ""
+        """The client's name for its conversation."""
         self.span: Span | None = None
         """Where traces are on."""
         self.choices = [Choice(index, detokenizer(), options, sink, self) for index in range(request.params.n)]

@@ -58,6 +58,7 @@ class RequestHead:
     request_id: str
     timeout_ms: int = 0
     traceparent: str = ""
+    session: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ def _incoming(
         priority=body.priority or 0,
         timeout_ms=head.timeout_ms,
         traceparent=head.traceparent,
+        session=head.session,
         **prompt,
     )
 

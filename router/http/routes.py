@@ -30,6 +30,7 @@ Handler = Callable[[Exchange], None]
 _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _MODEL_PREFIX = "/v1/models/"
 _RECORD_PREFIX = "/v1/requests/"
+_MAX_SESSION_CHARS = 128
 _MAX_TIMEOUT_MS = 2**31 - 1
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -114,6 +115,7 @@ class Routes:
             exchange.request_id,
             _timeout_ms(exchange.header(b"x-request-timeout-ms")),
             traceparent if _TRACEPARENT.fullmatch(traceparent) else "",
+            exchange.header(b"x-session-id")[:_MAX_SESSION_CHARS],
         )
 
     def _envelope(self, call: Call, prefix: str) -> Envelope:

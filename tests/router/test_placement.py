@@ -213,6 +213,22 @@ async def test_a_full_queue_refuses_with_a_time_to_come_back(house, sink, incomi
     assert core.served[0].placer.num_waiting == 2
 
 
+async def test_a_session_stays_on_its_worker(house, sink, incoming):
+    for name in ("p0", "p1", "p2"):
+        await house.worker(Role.PREFILL, name)
+    await house.worker(Role.DECODE, "d0")
+    core = await house.core(placement={"policy": "session"})
+    used = {}
+    for turn in range(3):
+        for session in ("anna", "ben", "carla", "dora"):
+            got = sink()
+            handle = core.submit(replace(incoming(f"{session} {turn}", max_tokens=2), session=session), got)
+            await got.result()
+            used.setdefault(session, set()).add(core.catalog.find(handle.request_id).prefill_worker)
+    assert all(len(workers) == 1 for workers in used.values())
+    assert len(set.union(*used.values())) > 1
+
+
 # ---- several models ----
 
 

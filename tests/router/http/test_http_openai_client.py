@@ -178,7 +178,11 @@ async def test_sampling_fields_reach_the_core(client: openai.AsyncOpenAI, core: 
             "deterministic": True,
             "request_id": "mine",
         },
-        extra_headers={"x-request-timeout-ms": "2500", "traceparent": f"00-{'a' * 32}-{'b' * 16}-01"},
+        extra_headers={
+            "x-request-timeout-ms": "2500",
+            "traceparent": f"00-{'a' * 32}-{'b' * 16}-01",
+            "x-session-id": "s1",
+        },
     )
     incoming = core.handles[0].incoming
     params = incoming.params
@@ -190,6 +194,7 @@ async def test_sampling_fields_reach_the_core(client: openai.AsyncOpenAI, core: 
     assert (incoming.cache_salt, incoming.priority, incoming.deterministic) == ("pepper", -3, True)
     assert (incoming.request_id, incoming.timeout_ms) == ("mine", 2500)
     assert incoming.traceparent.startswith("00-aaaa")
+    assert incoming.session == "s1"
 
 
 async def test_absent_fields_leave_the_defaults(client: openai.AsyncOpenAI, core: Any) -> None:
