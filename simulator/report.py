@@ -73,8 +73,8 @@ class Summary:
 def summarise(outcomes: Sequence[Outcome], slo: Slo, span_s: float, num_computing: int) -> Summary:
     """`span_s`: in which the requests arrived; `num_computing`: workers that compute prompts."""
     done = [each for each in outcomes if each.error is None and each.ended_s is not None]
-    ttfts = np.array([each.ttft_s for each in done if each.ttft_s is not None])
-    itls = np.array([each.itl_s for each in done if each.num_output_tokens > 1])
+    ttfts = np.array([each.ttft_s for each in done if each.ttft_s is not None] or [0.0])
+    itls = np.array([each.itl_s for each in done if each.num_output_tokens > 1] or [0.0])
     good = sum(each.ttft_s is not None and each.ttft_s <= slo.ttft_s and each.itl_s <= slo.itl_s for each in done)
     prompts = sum(each.num_prompt_tokens for each in done)
     return Summary(
@@ -86,9 +86,9 @@ def summarise(outcomes: Sequence[Outcome], slo: Slo, span_s: float, num_computin
         ttft_p99_ms=_ms(np.percentile(ttfts, 99)),
         itl_mean_ms=_ms(itls.mean()),
         itl_p99_ms=_ms(np.percentile(itls, 99)),
-        reuse=sum(each.num_cached_tokens for each in done) / prompts,
-        reuse_fetched=sum(each.num_fetched_tokens for each in done) / prompts,
-        alone=sum(each.alone for each in done) / len(done),
+        reuse=sum(each.num_cached_tokens for each in done) / max(prompts, 1),
+        reuse_fetched=sum(each.num_fetched_tokens for each in done) / max(prompts, 1),
+        alone=sum(each.alone for each in done) / max(len(done), 1),
         load_max_over_mean=_imbalance(done, num_computing),
     )
 
@@ -97,7 +97,7 @@ def _imbalance(done: Sequence[Outcome], num_computing: int) -> float:
     loads: Counter[str] = Counter()
     for each in done:
         loads[each.prefill_worker] += each.num_prompt_tokens - each.num_cached_tokens
-    return max(loads.values()) * num_computing / sum(loads.values())
+    return max(loads.values(), default=0) * num_computing / max(sum(loads.values()), 1)
 
 
 def _ms(seconds: float) -> float:

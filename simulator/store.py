@@ -58,6 +58,10 @@ class NodeStore:
         self._books.tick()
         self._index.renew(self.address, 1)
 
+    def check_integrity(self) -> None:
+        """Raises `IntegrityError`."""
+        self._books.check_integrity()
+
     def _tell(self) -> None:
         events = self._books.events.since(self._told)
         assert events is not None, "every event is told at once"

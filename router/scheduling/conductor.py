@@ -49,6 +49,7 @@ class ConductorRules:
     load_half_life_s: float = 60.0
     alone_tokens: int = 256
     degrade_ratio: float = 2.0
+    patience_s: float = 1.5
     alone_without_prefill: bool = True
 
 
@@ -265,7 +266,7 @@ class Conductor(Desk[WorkerT]):
         num_new = ask.num_prompt_tokens - best.num_cached
         if num_new <= self.rules.alone_tokens and best.finish_s <= pair.finish_s:
             return self._bind_alone(ask, best, now, "short_suffix")
-        if best.finish_s * self.rules.degrade_ratio < pair.finish_s:
+        if pair.finish_s > self.rules.patience_s and best.finish_s * self.rules.degrade_ratio < pair.finish_s:
             return self._bind_alone(ask, best, now, "pairs_too_slow")
         return None
 
