@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import httpx
 import psutil
@@ -12,6 +13,7 @@ import pytest_asyncio
 from vllm_pair import BUDGET, Driven, make_request, renamed
 
 from pdserve.types import Request
+from pdserve_cli import store_calls
 from pdserve_cli.cluster import Cluster, ClusterSpec, run_cluster
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(400)]
@@ -24,12 +26,15 @@ WORKER = {
     "kv_memory_bytes": 192 << 20,
     "vllm.enforce_eager": True,
     "vllm.kv_cache_memory_bytes": 1 << 30,
+    "store_fetch": "always",
 }
+STORE = {"block_bytes": 30 * 2 * 3 * 16 * 64 * 4, "num_blocks": 256}
+"""Blocks of the embedded model in fp32."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def cluster() -> AsyncIterator[Cluster]:
-    async with run_cluster(ClusterSpec(engine="vllm", worker=WORKER, start_timeout_s=300.0)) as cluster:
+    async with run_cluster(ClusterSpec(engine="vllm", worker=WORKER, store=STORE, start_timeout_s=300.0)) as cluster:
         yield cluster
 
 
@@ -68,6 +73,29 @@ async def test_six_prompts_answer_as_one_vllm_does(http: httpx.AsyncClient, clus
     assert [[tokens] for tokens in found] == expected
     (worker,) = [member for member in cluster.workers if member.role == "decode"]
     assert await cluster.metric(worker, "pdserve_kv_pulled_bytes_total") > 0
+
+
+async def test_a_second_turn_brings_from_the_store_what_the_other_worker_generated(
+    http: httpx.AsyncClient, cluster: Cluster, decode: Driven
+) -> None:
+    (prefiller,) = cluster.of_role("prefill")
+    first = make_request("turns", 120, 60, ignore_eos=True)
+    store = cluster.stores[0]
+    before = (await store_calls.stat(store)).visible_blocks
+    answer = await tokens_of(http, first)
+    num_blocks = (120 + 59) // 16
+    prompt = (*first.prompt_token_ids, *answer, 70, 71, 72)
+    second = replace(make_request("turns", 1, 8), prompt_token_ids=prompt)
+    (expected,) = decode.run_alone(renamed(second, "turns alone"))[0]
+    async with asyncio.timeout(60):
+        while (await store_calls.stat(store)).visible_blocks < before + num_blocks:  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.05)
+    computed = await cluster.metric(prefiller, "pdserve_prefix_tokens_total", tier="computed")
+    assert await tokens_of(http, second) == expected
+    new = await cluster.metric(prefiller, "pdserve_prefix_tokens_total", tier="computed") - computed
+    assert new == len(prompt) - num_blocks * 16
+    fetched = await cluster.metric(prefiller, "pdserve_prefix_tokens_total", tier="dram")
+    assert fetched >= (num_blocks - 120 // 16) * 16, "the first prompt it may have computed itself"
 
 
 async def test_a_client_that_leaves_frees_both_workers(http: httpx.AsyncClient, cluster: Cluster) -> None:
