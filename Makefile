@@ -4,7 +4,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 SETUP = $(VENV)/.ready
 
-.PHONY: setup up test lint proto docs test-wheel test-vllm transports test-transports parity-slice parity-full bench-peers bench-smoke test-kube test-node
+.PHONY: setup up test lint proto docs test-wheel test-vllm transports test-transports parity-slice parity-full chaos-slice chaos-long bench-peers bench-smoke test-kube test-node
 
 setup: $(SETUP)
 
@@ -36,14 +36,21 @@ test-wheel: $(SETUP)
 	bash deploy/test-wheel.sh $(PY)
 
 parity-slice: $(SETUP)
-	$(PY) -m pdserve_cli parity --prompts 6 --max-prompt 700 --json
-	$(PY) -m pdserve_cli parity --prompts 32 --engine sim --json
-	$(PY) -m pdserve_cli parity --prompts 3 --max-prompt 300 --dtype bf16 --transport shm --no-reference --json
+	$(PY) -m pdserve_cli parity --prompts 8 --max-prompt 700 --chunk 96 --batch 4 --corrupt 10 --json
+	$(PY) -m pdserve_cli parity --prompts 48 --engine sim --corrupt 100 --json
+	$(PY) -m pdserve_cli parity --prompts 3 --max-prompt 300 --dtype bf16 --store off --no-reference --json
 
 parity-full: $(SETUP)
 	$(PY) -m pdserve_cli parity --prompts 64 --chunk 96 --chunk 512 --chunk 2048 --batch 1 --batch 4 --batch 16 --json
-	$(PY) -m pdserve_cli parity --prompts 64 --dtype bf16 --no-reference --json
-	$(PY) -m pdserve_cli parity --prompts 500 --engine sim --json
+	$(PY) -m pdserve_cli parity --prompts 64 --dtype bf16 --corrupt 100 --no-reference --json
+	$(PY) -m pdserve_cli parity --prompts 500 --engine sim --corrupt 100 --json
+
+chaos-slice: $(SETUP)
+	$(PY) -m pdserve_cli chaos --kills 50 --corrupt 100 --json
+	$(PY) -m pdserve_cli chaos --kills 20 --engine torch --json
+
+chaos-long: $(SETUP)
+	$(PY) -m pdserve_cli chaos --kills 500 --corrupt 100 --json
 
 bench-smoke: $(SETUP) bench-peers
 	$(PY) benchmarks/engine.py --quick --json

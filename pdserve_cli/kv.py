@@ -10,10 +10,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 
 from kvstore.types import KEY_BYTES, Tier
-from pdserve.config import TlsConfig
+from pdserve.config import TlsConfig, parse_override
 from pdserve.errors import InvalidRequest
 from pdserve.rpc import Channel
 from pdserve.wire import store as wire
+from pdserve_cli.block_bytes import block_bytes
 
 TIMEOUT_S = 600.0
 """A verify reads everything, the disk tier included."""
@@ -29,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _action(verbs, "stat", _stat, "the store at a glance")
     _targets(_action(verbs, "verify", _verify, "compare bytes with digests and drop what is wrong (exit code 3)"))
     _targets(_action(verbs, "drop", _drop, "make blocks invisible at once, on every tier"))
+    text = "what a store's block_bytes must be for workers with these config keys"
+    size = verbs.add_parser("block-bytes", help=text, description=text)
+    size.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="worker config, repeatable")
+    size.set_defaults(handler=None)
 
 
 def _action(
@@ -53,6 +58,9 @@ def _targets(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.action == "block-bytes":
+        print(block_bytes(dict(parse_override(text) for text in arguments.set)))
+        return 0
     return asyncio.run(_run(arguments))
 
 
