@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from pdserve.histogram import LoopHistogram
+from pdserve.loop_metrics import LoopCounter, LoopHistogram
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -127,22 +127,20 @@ class RouterMetrics:
         def by_model(name: str, text: str, buckets: tuple[float, ...]) -> LoopHistogram:
             return LoopHistogram(name, text, ("model_name",), registry, buckets)
 
-        self.requests = Counter(
+        self.requests = LoopCounter(
             "pdserve_requests",
             "Requests that ended, by HTTP-like status and reason.",
             ("model_name", "status", "reason"),
-            registry=registry,
+            registry,
         )
         self.inflight = Gauge("pdserve_requests_inflight", "Requests under way.", registry=registry)
-        self.prompt_tokens = Counter(
-            "pdserve_prompt_tokens", "Prompt tokens of admitted requests.", ("model_name",), registry=registry
+        self.prompt_tokens = LoopCounter(
+            "pdserve_prompt_tokens", "Prompt tokens of admitted requests.", ("model_name",), registry
         )
-        self.cached_tokens = Counter(
-            "pdserve_cached_prompt_tokens", "Prompt tokens found in a cache.", ("model_name",), registry=registry
+        self.cached_tokens = LoopCounter(
+            "pdserve_cached_prompt_tokens", "Prompt tokens found in a cache.", ("model_name",), registry
         )
-        self.output_tokens = Counter(
-            "pdserve_output_tokens", "Tokens sent to clients.", ("model_name",), registry=registry
-        )
+        self.output_tokens = LoopCounter("pdserve_output_tokens", "Tokens sent to clients.", ("model_name",), registry)
         self.ttft = by_model("vllm:time_to_first_token_seconds", "Arrival to first token.", latency)
         self.itl = by_model("vllm:inter_token_latency_seconds", "Mean gap between tokens, by request.", gaps)
         self.e2e = by_model("vllm:e2e_request_latency_seconds", "Arrival to last token.", latency)
@@ -162,8 +160,8 @@ class RouterMetrics:
         self.worker_lost = Counter(
             "pdserve_worker_lost", "Streams to workers that broke.", ("role",), registry=registry
         )
-        self.placements = Counter(
-            "pdserve_placements", "Requests placed, by worker and role.", ("worker_id", "role"), registry=registry
+        self.placements = LoopCounter(
+            "pdserve_placements", "Requests placed, by worker and role.", ("worker_id", "role"), registry
         )
         self.waiting = Gauge(
             "pdserve_requests_waiting", "Requests that wait for a worker.", ("model_name",), registry=registry
@@ -187,17 +185,17 @@ class RouterMetrics:
             registry=registry,
             buckets=RATIO_BUCKETS,
         )
-        self.stall_spared = Counter(
+        self.stall_spared = LoopCounter(
             "pdserve_disaggregation_spared_seconds",
             "Estimated: stalls of running streams that prompts computed elsewhere did not cause.",
             ("model_name",),
-            registry=registry,
+            registry,
         )
-        self.transfer_spent = Counter(
+        self.transfer_spent = LoopCounter(
             "pdserve_disaggregation_spent_seconds",
             "What hand-overs cost their own requests between first and second token.",
             ("model_name",),
-            registry=registry,
+            registry,
         )
         self.disaggregation_gain = Gauge(
             "pdserve_disaggregation_gain_seconds",

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from prometheus_client import Counter
-
 from pdserve.errors import PdserveError, from_fields
+from pdserve.loop_metrics import CounterChild
 from pdserve.metrics import RouterMetrics
 from pdserve.types import Role
 from router.catalog import Attempt, Record
@@ -94,7 +93,7 @@ class Observer:
         self._transfer_spent.inc(started - first)
         self._stall_spared.inc(last.spared_s)
 
-    def _bind_ended(self, outcome: str) -> Counter:
+    def _bind_ended(self, outcome: str) -> CounterChild:
         status = {"ok": 200, "cancelled": 499}.get(outcome) or from_fields({"reason": outcome}).http_status
         return self._metrics.requests.labels(self._model, str(status), outcome)
 

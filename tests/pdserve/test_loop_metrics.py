@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
-from pdserve.histogram import LoopHistogram
+from pdserve.loop_metrics import LoopCounter, LoopHistogram
 
 BOUNDS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.5)
 VALUES = st.lists(
@@ -26,6 +26,17 @@ def test_the_text_is_what_the_client_writes(values):
     for name, value in values:
         loop.labels(name).observe(value)
         client.labels(name).observe(value)
+    assert without_created(generate_latest(ours)) == without_created(generate_latest(theirs))
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 100)), max_size=20))
+@settings(max_examples=50, deadline=None)
+def test_a_counters_text_is_what_the_client_writes(values):
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    loop, client = LoopCounter("c", "Text.", ("name",), ours), Counter("c", "Text.", ("name",), registry=theirs)
+    for name, value in values:
+        loop.labels(name).inc(value)
+        client.labels(name).inc(value)
     assert without_created(generate_latest(ours)) == without_created(generate_latest(theirs))
 
 
