@@ -139,6 +139,7 @@ async def _urls(cluster: Cluster) -> list[str]:
 async def _round(
     url: str, model: str, round_: str, cell: Cell, cases: Sequence[Case], alone: Sequence[Run], found: Findings
 ) -> None:
+    """Later rounds go backwards: what was asked last is still in a worker's own cache."""
     gate = asyncio.Semaphore(cell.batch)
 
     async def one(case: Case, run: Run) -> Answer | PdserveError:
@@ -149,8 +150,9 @@ async def _round(
             except PdserveError as error:
                 return error
 
-    answers = await asyncio.gather(*(one(case, run) for case, run in zip(cases, alone, strict=True)))
-    for index, answer in enumerate(answers):
+    order = [*range(len(cases))] if round_ == ROUNDS[0] else [*reversed(range(len(cases)))]
+    answers = await asyncio.gather(*(one(cases[index], alone[index]) for index in order))
+    for index, answer in zip(order, answers, strict=True):
         problem = _compare(answer, alone[index], round_, found)
         if problem:
             where = f"prompt {index} ({len(cases[index].prompt)} tokens), {round_}, {asdict(cell)}"
