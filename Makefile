@@ -27,6 +27,7 @@ proto: $(SETUP)
 
 docs: $(SETUP)
 	$(PY) -m pdserve.config > docs/configuration.md
+	$(PY) -m pdserve.support > docs/support.md
 	$(PY) deploy/helm/schema.py > deploy/helm/pdserve/values.schema.json
 
 bench-peers: $(SETUP)
@@ -55,6 +56,8 @@ chaos-long: $(SETUP)
 bench-smoke: $(SETUP) bench-peers
 	$(PY) benchmarks/engine.py --quick --json
 	$(PY) benchmarks/router.py --quick --rounds 1 --json
+	$(PY) benchmarks/kv_index.py --quick --json && $(PY) benchmarks/kv_disk.py --quick --json
+	$(PY) -m pdserve_cli bench kv --quick --json
 
 transports: $(SETUP)
 	bash deploy/transports.sh $(VENV)

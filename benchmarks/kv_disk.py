@@ -162,8 +162,11 @@ def main() -> None:
     parser.add_argument("--total-mb", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", action="append", choices=list(SIZES))
+    parser.add_argument("--quick", action="store_true", help="64 MB, 2 rounds, blocks of 1 MB")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.quick:
+        options.total_mb, options.rounds, options.size = 64, 2, ["1M"]
     result = run(options.folder, options.total_mb << 20, options.rounds, options.size or list(SIZES))
     print(json.dumps(result) if options.json else json.dumps(result, indent=2))
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
+from kvstore.transports.registry import NAMES, OPTIONAL
 from pdserve_cli.parity_alone import generate_alone
 from pdserve_cli.parity_cases import MAX_TOKENS, make_cases
 from pdserve_cli.parity_cell import Cell, Findings, Setting, run_cell
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", choices=("on", "off"), help="the KV store (on; off with --engine vllm)")
     parser.add_argument("--tiers", default=",".join(TIERS), help="with the store: must have given blocks (all four)")
     parser.add_argument("--corrupt", type=int, default=0, metavar="N", help="corrupt every Nth block on disk meanwhile")
-    parser.add_argument("--transport", choices=("all", "shm", "tcp"), default="all")
+    parser.add_argument("--transport", choices=("all", *NAMES, *OPTIONAL), default="all")
     parser.add_argument("--chunk", type=int, action="append", metavar="N", help="chunk sizes, repeatable (96, 512)")
     parser.add_argument("--batch", type=int, action="append", metavar="N", help="concurrency, repeatable (1, 16)")
     parser.add_argument("--max-prompt", type=int, default=MAX_TOKENS, metavar="N", help="longest prompt in tokens")

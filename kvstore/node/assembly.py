@@ -28,6 +28,7 @@ from kvstore.transports.tcp import TcpOptions
 from pdserve.config import KvstoreConfig, split_address
 from pdserve.errors import ConfigError
 from pdserve.metrics import KvstoreMetrics
+from pdserve.support import never_run
 
 log = logging.getLogger("pdserve.kvstore")
 
@@ -75,6 +76,8 @@ class Wires:
             server_tls=self._tls.server if self._tls else None,
             client_tls=self._tls.client if self._tls else None,
         )
+        for line in never_run("store", "cpu", config.transports, config.mooncake):
+            log.warning(line)
         opened = open_transports(config.transports, options, config.mooncake)
         self._transports += opened.values()
         for name, transport in opened.items():

@@ -8,7 +8,7 @@ thread of its own. Offsets count from the start of the region. Errors are `PeerL
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,11 +35,31 @@ class Region:
     descriptor: bytes
 
 
+PIECE_BYTES = 1 << 20
+"""Told of at a time: half of a second-level cache, so that whoever looks at it need not fetch it from memory again."""
+
+Arrived = Callable[[Range], None]
+
+
+def ignore(piece: Range) -> None:
+    """Nobody wants to know."""
+
+
+def pieces(ranges: Sequence[Range], max_bytes: int = PIECE_BYTES) -> Iterator[Range]:
+    """The same bytes in the same order, cut."""
+    for r in ranges:
+        for done in range(0, r.length, max_bytes):
+            yield Range(r.remote + done, r.local + done, min(max_bytes, r.length - done))
+
+
 class Peer(Protocol):
     """A remote region that can be read and written. Thread-safe; operations on one peer may run side by side."""
 
-    def read(self, ranges: Sequence[Range], into: NDArray[np.uint8]) -> None:
+    def read(self, ranges: Sequence[Range], into: NDArray[np.uint8], arrived: Arrived = ignore) -> None:
         """Fill the local ranges of `into` (1-D uint8). One call is one batch: few large ranges are best.
+
+        `arrived` is called in this thread, in order, with each piece of each range once it is in place: early where
+        the transport can (what it then does overlaps the transfer), at the end where not. What it raises ends the read.
         Raises `PeerLost`, `TransferTimeout`, `ValueError` for a range outside either region."""
         ...
 

@@ -2,7 +2,7 @@
 
 Engines find each other by "P2PHANDSHAKE": a peer's host and port is all it takes, no metadata server. That handshake
 asks for no identity. So this transport's port must be reachable by the pool's own machines only, and descriptors (host,
-port, addresses) are handed out as all others: after mutual TLS or a ticket. See `docs/adr/0009-optional-transports.md`.
+port, addresses) are handed out as all others: after mutual TLS or a ticket. See `docs/adr/0011-optional-transports.md`.
 """
 
 from __future__ import annotations

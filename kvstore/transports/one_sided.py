@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.ranges import check_ranges
-from kvstore.transports.base import Range, Region
+from kvstore.transports.base import Arrived, Range, Region, ignore, pieces
 from kvstore.transports.landing import Landing
 from pdserve.errors import ConfigError, HandoverError, PeerLost
 
@@ -88,11 +88,11 @@ class OneSidedPeer:
         with self._transport.busy():
             self._check_word()
 
-    def read(self, ranges: Sequence[Range], into: NDArray[np.uint8]) -> None:
-        self._transfer("read", ranges, into)
+    def read(self, ranges: Sequence[Range], into: NDArray[np.uint8], arrived: Arrived = ignore) -> None:
+        self._transfer("read", ranges, into, arrived)
 
     def write(self, ranges: Sequence[Range], source: NDArray[np.uint8]) -> None:
-        self._transfer("write", ranges, source)
+        self._transfer("write", ranges, source, ignore)
 
     def close(self) -> None:
         """Transfers under way raise `PeerLost` after the batch that moves just now."""
@@ -100,13 +100,17 @@ class OneSidedPeer:
             self._closed = True
             self._link.close()
 
-    def _transfer(self, operation: Operation, ranges: Sequence[Range], local: NDArray[np.uint8]) -> None:
+    def _transfer(
+        self, operation: Operation, ranges: Sequence[Range], local: NDArray[np.uint8], arrived: Arrived
+    ) -> None:
         check_ranges(ranges, self._where.nbytes, local.size)
         self._check_open()
         with self._transport.busy(), self._transport.reachable(local) as address:
             for batch in split(ranges):
                 self._check_open()
                 self._move(operation, batch, local, address)
+                for piece in () if arrived is ignore else pieces(batch):
+                    arrived(piece)
             self._check_word()
 
     def _move(self, operation: Operation, batch: Sequence[Range], local: NDArray[np.uint8], address: int) -> None:

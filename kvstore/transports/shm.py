@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.ranges import check_ranges
-from kvstore.transports.base import Range, Region
+from kvstore.transports.base import Arrived, Range, Region, ignore, pieces
 from kvstore.transports.segment import (
     Segment,
     create_segment,
@@ -189,11 +189,12 @@ class ShmPeer:
         self._memory = memory
         self._closed = False
 
-    def read(self, ranges: Sequence[Range], into: NDArray[np.uint8]) -> None:
+    def read(self, ranges: Sequence[Range], into: NDArray[np.uint8], arrived: Arrived = ignore) -> None:
         check_ranges(ranges, self._memory.size, into.size)
         self.check()
-        for r in ranges:
+        for r in ranges if arrived is ignore else pieces(ranges):
             into[r.local : r.local + r.length] = self._memory[r.remote : r.remote + r.length]
+            arrived(r)
             self._check_open()
         self.check()
 

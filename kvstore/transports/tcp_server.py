@@ -16,13 +16,14 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvstore.transports.tcp_stream import (
+    FEW_RANGES,
     HELLO,
     MAGIC,
     MAX_RANGES,
     OK,
+    RANGE,
     RANGE_BYTES,
     READ,
     REFUSED,
@@ -161,7 +162,6 @@ class TcpServer:
             try:
                 with closing(self._upgrade(stream, wrapped, True)) as channel:
                     while True:
-                        stream.wait_readable()
                         _answer(stream, channel, region)
             finally:
                 with self._lock:
@@ -199,19 +199,36 @@ class TcpServer:
 
 
 def _answer(stream: Stream, channel: Channel, region: ServedRegion) -> None:
-    """One request. Raises `PeerLost` when it is malformed: the connection ends."""
-    magic, operation, _, num_ranges, _, payload = REQUEST.unpack(stream.receive_bytes(REQUEST.size))
-    if magic != MAGIC or operation not in (READ, WRITE) or num_ranges > MAX_RANGES:
-        raise PeerLost("a peer sent a malformed request")
+    """Await one request and answer it. Raises `PeerLost` when it is malformed: the connection ends."""
+    operation, payload, table = _request(stream)
     if operation == WRITE and region.memory.readonly:
         raise PeerLost("a peer wants to write read-only memory")
-    table = np.frombuffer(stream.receive_bytes(num_ranges * RANGE_BYTES), dtype="<u8").reshape(-1, 2)
     views = _views(region.memory, table, payload)
     if operation == READ:
         _send_answer(stream, channel, STATUS.pack(MAGIC, OK, payload), views)
     else:
         channel.receive(views)
         stream.send([STATUS.pack(MAGIC, OK, payload)])
+
+
+def _request(stream: Stream) -> tuple[int, int, memoryview]:
+    """Operation, payload and range table. The first call may bring header and one range: most requests have no more."""
+    buffer = memoryview(bytearray(REQUEST.size + RANGE_BYTES))
+    count = stream.await_bytes(buffer)
+    if count < REQUEST.size:
+        stream.receive([buffer[count : REQUEST.size]])
+        count = REQUEST.size
+    magic, operation, _, num_ranges, _, payload = REQUEST.unpack_from(buffer)
+    if magic != MAGIC or operation not in (READ, WRITE) or num_ranges > MAX_RANGES:
+        raise PeerLost("a peer sent a malformed request")
+    table = memoryview(bytearray(num_ranges * RANGE_BYTES)) if num_ranges != 1 else buffer[REQUEST.size :]
+    have = count - REQUEST.size
+    if have > len(table):
+        raise PeerLost("a peer sent more than its request says")
+    if num_ranges != 1:
+        table[:have] = buffer[REQUEST.size : count]
+    stream.receive([table[have:]])
+    return operation, payload, table
 
 
 def _send_answer(stream: Stream, channel: Channel, status: bytes, views: list[memoryview]) -> None:
@@ -222,13 +239,21 @@ def _send_answer(stream: Stream, channel: Channel, status: bytes, views: list[me
         channel.send(views)
 
 
-def _views(memory: memoryview, table: NDArray[np.uint64], payload: int) -> list[memoryview]:
+def _views(memory: memoryview, table: memoryview, payload: int) -> list[memoryview]:
     """The ranges as slices of the region. Raises `PeerLost` if one leaves it or the sum is wrong."""
-    size = np.uint64(memory.nbytes)
-    offsets, lengths = table[:, 0], table[:, 1]
-    # no sum of two u64 here: it could wrap around
-    if not (np.all(lengths <= size) and np.all(offsets <= size - lengths)):
+    size = memory.nbytes
+    if len(table) <= FEW_RANGES * RANGE_BYTES:
+        ranges = list(RANGE.iter_unpack(table))
+        inside = all(offset + length <= size for offset, length in ranges)
+        total = sum(length for _, length in ranges)
+    else:
+        columns = np.frombuffer(table, dtype="<u8").reshape(-1, 2)
+        offsets, lengths = columns[:, 0], columns[:, 1]
+        # no sum of two u64 here: it could wrap around
+        inside = bool(np.all(lengths <= size) and np.all(offsets <= np.uint64(size) - lengths))
+        ranges, total = list(map(tuple, columns.tolist())), int(lengths.sum())
+    if not inside:
         raise PeerLost("a peer asked for bytes outside its region")
-    if int(lengths.sum()) != payload:
+    if total != payload:
         raise PeerLost("a peer's request does not add up")
-    return [memory[offset : offset + length] for offset, length in table.tolist()]
+    return [memory[offset : offset + length] for offset, length in ranges]

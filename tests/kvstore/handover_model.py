@@ -31,7 +31,7 @@ from kvstore.handover.exporter import (
 from kvstore.handover.importer import ImportLedger
 from kvstore.handover.incoming import ImportLimits
 from kvstore.handover.verify import DigestPolicy, PoolDescriptor, digest_blocks, pull_blocks
-from kvstore.transports.base import Range
+from kvstore.transports.base import Arrived, Range, ignore
 from kvstore.transports.shm import SharedMemoryPool
 from pdserve.engine.base import ExportedChunk, ImportTarget
 from pdserve.errors import HandoverError, PdserveError, PeerLost, TicketRefused
@@ -209,7 +209,7 @@ class StepwisePeer:
     def __init__(self, memory: SharedMemoryPool, between: Callable[[], None], piece: int = BLOCK_BYTES) -> None:
         self._memory, self._between, self._piece = memory, between, piece
 
-    def read(self, ranges: Sequence[Range], into: NDArray[np.uint8]) -> None:
+    def read(self, ranges: Sequence[Range], into: NDArray[np.uint8], arrived: Arrived = ignore) -> None:
         for r in ranges:
             for done in range(0, r.length, self._piece):
                 take = min(self._piece, r.length - done)
@@ -218,6 +218,7 @@ class StepwisePeer:
                     raise PeerLost("the exporter died")
                 source = self._memory.region[r.remote + done : r.remote + done + take]
                 into[r.local + done : r.local + done + take] = source
+                arrived(Range(r.remote + done, r.local + done, take))
 
     def write(self, ranges: Sequence[Range], source: NDArray[np.uint8]) -> None:
         raise NotImplementedError

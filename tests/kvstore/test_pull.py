@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kvstore.handover.verify import DigestPolicy, PoolDescriptor, digest_blocks, digest_policy, pull_blocks
-from kvstore.transports.base import Peer, Range
+from kvstore.transports.base import Arrived, Peer, Range, ignore
 from kvstore.transports.registry import NAMES, make_transport
 from kvstore.transports.shm import SharedMemoryPool
 from pdserve.engine.base import ImportTarget
@@ -28,12 +28,12 @@ class Recorder:
         self.calls: list[list[Range]] = []
         self.num_ranges = 0
 
-    def read(self, ranges: Sequence[Range], into: NDArray[np.uint8]) -> None:
+    def read(self, ranges: Sequence[Range], into: NDArray[np.uint8], arrived: Arrived = ignore) -> None:
         self.calls.append(list(ranges))
         for r in ranges:
             self.between(self.num_ranges)
             self.num_ranges += 1
-            self.peer.read([r], into)
+            self.peer.read([r], into, arrived)
 
     def write(self, ranges: Sequence[Range], source: NDArray[np.uint8]) -> None:
         self.peer.write(ranges, source)
