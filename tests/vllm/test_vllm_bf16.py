@@ -1,5 +1,5 @@
 """One engine in bf16 that hands over to itself: another dtype (AMX packs its pages), another block size, few blocks,
-and no digests. Ends with the death of vLLM."""
+and no digests."""
 
 from __future__ import annotations
 
@@ -7,33 +7,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-import psutil
 import pytest
 from test_vllm_handover import alone, spoil_byte
-from vllm_pair import Driven, Pair, SelfPair, keys_of, make_request, renamed, running_engine
+from vllm_pair import SMALL_BLOCK as BLOCK
+from vllm_pair import Driven, Pair, SelfPair, keys_of, make_request, renamed
 
-from pdserve.errors import EngineFailed
 from pdserve.types import Phase
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
-NUM_BLOCKS = 24
-BLOCK = 32
-"""The smallest that vLLM's CPU kernels take; two hand-over blocks."""
 
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Driven]:
-    engine_args = {
-        "enforce_eager": True,
-        "max_model_len": 512,
-        "max_num_batched_tokens": 64,
-        "max_num_seqs": 8,
-        "block_size": BLOCK,
-        "num_gpu_blocks_override": NUM_BLOCKS,
-    }
-    with running_engine(dtype="bf16", verify_loads=False, staging_bytes=64 << 20, engine_args=engine_args) as engine:
-        yield engine
+@pytest.fixture
+def engine(small: Driven) -> Driven:
+    return small
 
 
 @pytest.fixture
@@ -130,20 +116,3 @@ def test_a_request_that_vllm_preempts_publishes_every_block_with_its_own_bytes(e
 
 def as_floats(bf16: np.ndarray) -> np.ndarray:
     return (bf16.astype(np.uint32) << 16).view(np.float32)
-
-
-def test_when_vllm_dies_the_engine_says_so_and_nothing_of_it_stays(engine: Driven) -> None:
-    engine.submit(make_request("dies", 60, 400, ignore_eos=True), Phase.FULL)
-    engine.run_until(lambda: engine.engine.load().num_running == 1)
-    cores = [child for child in psutil.Process().children() if "EngineCore" in " ".join(child.cmdline())]
-    core = max(cores, key=lambda child: child.create_time())
-    workers = core.children(recursive=True)
-    assert workers
-    core.kill()
-    with pytest.raises(EngineFailed):
-        engine.run_until(lambda: False)
-    engine.engine.submit(make_request("late", 10), 1000, Phase.FULL)
-    with pytest.raises(EngineFailed):
-        engine.run_until(lambda: False)
-    _, alive = psutil.wait_procs(workers, timeout=60)
-    assert not alive

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,19 +11,21 @@ import pytest
 from tiny_models import tiny_model
 from vllm_pair import Driven, SelfPair, keys_of, make_request, renamed, running_engine
 
-from pdserve.engine.vllm.model import plan_model
+from pdserve.engine.vllm.model import _transfer_config, plan_model
 from pdserve.engine.vllm.settings import VllmSettings
 from pdserve.errors import ConfigError
 from pdserve.types import Phase, Request
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
-LAYOUTS = {
+BESIDE = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
+LAYOUTS: dict[str, tuple[str, dict[str, object]]] = {
     "gemma3": ("sliding window in some layers", {"max_model_len": 512}),
-    "mistral": ("full attention", {"max_model_len": 256}),
+    "mistral": ("full attention", {"max_model_len": 256, "kv_transfer_config": BESIDE}),
     "deepseek": ("MLA", {"max_model_len": 512, "attention_backend": "CPU_MLA", "max_num_batched_tokens": 512}),
 }
-"""Name of the layout that a tiny model has with these engine arguments. Mistral's window is as long as the context.
+"""Name of the layout that a tiny model has with these engine arguments. Mistral's window is as long as the context;
+it runs beside NIXL's connector, as those do who have decode workers of another make.
 vLLM's reference kernels for MLA on CPU take no prompt in parts: neither chunks nor a cached prefix."""
 REFUSED = {"mistral": "sliding window in all layers", "jamba": "hybrid", "mamba": "state space (mamba)"}
 
@@ -32,10 +35,27 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tiny")
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def change() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
 @pytest.fixture(scope="module", params=LAYOUTS)
-def engine(request: pytest.FixtureRequest, models: Path) -> Iterator[Driven]:
+def engine(request: pytest.FixtureRequest, models: Path, change: pytest.MonkeyPatch) -> Iterator[Driven]:
     """Without digests: what is wrong must show in the tokens."""
     _, arguments = LAYOUTS[request.param]
+    if "kv_transfer_config" in arguments:
+        pytest.importorskip("nixl")
+        change.setenv("UCX_TLS", "tcp,self")
+        change.setenv("VLLM_NIXL_SIDE_CHANNEL_PORT", str(free_port()))
     engine_args = {
         "enforce_eager": True,
         "max_num_batched_tokens": 64,
@@ -59,8 +79,23 @@ def test_a_layout_that_is_not_supported_is_refused_by_name_before_anything_start
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_supported_layout_is_known_by_its_name(models: Path, name: str) -> None:
     layout, arguments = LAYOUTS[name]
+    arguments = {key: value for key, value in arguments.items() if key != "kv_transfer_config"}
     plan = plan_model(VllmSettings(model=str(tiny_model(name, models)), engine_args=arguments))
     assert plan.shape.layout == layout
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_connectors_of_the_user_run_beside_ours(several: bool) -> None:
+    given = BESIDE
+    if several:
+        children = [BESIDE, {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}]
+        given = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": children}}
+    settings = VllmSettings(model="m", load_failure="recompute", engine_args={"kv_transfer_config": given})
+    made = _transfer_config(settings, {"board": "here"})
+    first, *others = made.kv_connector_extra_config["connectors"]
+    assert (made.kv_connector, made.kv_load_failure_policy) == ("MultiConnector", "recompute")
+    assert first["kv_connector_extra_config"] == {"board": "here"}
+    assert [other["kv_connector"] for other in others] == ["NixlConnector", "OffloadingConnector"][: 1 + several]
 
 
 def limit_of(engine: Driven) -> int:

@@ -22,6 +22,8 @@ Tokens = list[list[list[int]]]
 MAX_LEN = 1024
 BUDGET = 64
 """Tokens a step: longer prompts are prefilled in chunks."""
+SMALL_BLOCK, SMALL_BLOCKS = 32, 24
+"""Of the small engine: the smallest block that vLLM's CPU kernels take, two hand-over blocks; and how many."""
 STEPS = 20_000
 """A step waits 2 ms at most, so this is a bound of a minute or so."""
 
