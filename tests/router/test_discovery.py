@@ -72,7 +72,7 @@ def test_a_new_pod_on_the_address_of_one_that_terminates_is_taken():
     assert worker_addresses(slices, "grpc") == {"10.0.0.1:7000"}
 
 
-def test_a_service_that_turns_unready_as_a_whole_keeps_the_workers_that_were_ready():
+def test_a_service_most_of_which_turns_unready_keeps_the_workers_that_were_ready():
     """As after an outage of the control plane: nodes could not report, so every pod is called unready."""
     unready = make_slice("a", endpoint("10.0.0.1", ready=False), endpoint("10.0.0.2", ready=False))
     known = frozenset({"10.0.0.1:7000", "10.0.0.9:7000"})
@@ -82,6 +82,10 @@ def test_a_service_that_turns_unready_as_a_whole_keeps_the_workers_that_were_rea
     assert worker_addresses([unready, other], "grpc", known) == {"10.0.0.1:7000", "10.0.1.1:7000"}, "by Service"
     mixed = make_slice("a", endpoint("10.0.0.1", ready=False), endpoint("10.0.0.2"))
     assert worker_addresses([mixed], "grpc", known) == {"10.0.0.2:7000"}
+    recovering = make_slice(
+        "a", endpoint("10.0.0.1", ready=False), endpoint("10.0.0.9", ready=False), endpoint("10.0.0.2")
+    )
+    assert len(worker_addresses([recovering], "grpc", known)) == 3, "the first that is ready again is not left alone"
     leaving = make_slice("a", endpoint("10.0.0.1", ready=False, terminating=True))
     assert worker_addresses([leaving], "grpc", known) == frozenset()
 
