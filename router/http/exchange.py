@@ -18,6 +18,14 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 _PHRASES = {status.value: status.phrase for status in HTTPStatus} | {499: "Client Closed Request"}
 
 
+_STREAM_HEADERS = (
+    ("content-type", "text/event-stream; charset=utf-8"),
+    ("cache-control", "no-cache"),
+    ("x-accel-buffering", "no"),
+)
+_STREAM_LINES = "".join(f"{name}: {value}\r\n" for name, value in _STREAM_HEADERS).encode()
+
+
 class Responder(Protocol):
     """Whoever is producing the answer."""
 
@@ -133,11 +141,14 @@ class Exchange:
     def open_stream(self) -> bytes:
         """The head of a stream, to be written together with the first event."""
         self.streaming = True
-        lines = [
-            ("content-type", "text/event-stream; charset=utf-8"),
-            ("cache-control", "no-cache"),
-            ("x-accel-buffering", "no"),
-        ]
+        if self.persistent and self.keep_alive and not self.wire.closing:
+            self.status = 200
+            return b"HTTP/1.1 200 OK\r\nx-request-id: %b\r\n%btransfer-encoding: chunked\r\n%b\r\n" % (
+                self.request_id.encode("latin-1"),
+                _STREAM_LINES,
+                self.wire.head_lines(),
+            )
+        lines = list(_STREAM_HEADERS)
         if self.persistent:
             lines.append(("transfer-encoding", "chunked"))
         else:

@@ -6,6 +6,7 @@ from p * n on. The first error ends the reply and cancels the prompts that still
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -135,7 +136,9 @@ class StreamReply(Reply):
         super().__init__(exchange, shape, num_prompts, n)
         self.write = exchange.wire.write
         self._frame = exchange.framing
-        self._opened: set[int] = set()
+        self.opened: set[int] = set()
+        """Prompts whose first chunks are written or held."""
+        self._held: list[bytes] = []
 
     def sink(self, prompt: int) -> Sink:
         return _StreamSink(self, prompt)
@@ -143,18 +146,38 @@ class StreamReply(Reply):
     def event(self, chunk: bytes) -> bytes:
         return self._frame(b"data: %b\n\n" % chunk)
 
+    @property
+    def holds(self) -> bool:
+        return bool(self._held)
+
+    def hold(self, data: bytes) -> None:
+        """Write it at the end of this loop tick, together with what comes until then: an answer of one step leaves in
+        one piece, and each write costs a system call."""
+        if not self._held:
+            asyncio.get_running_loop().call_soon(self._release)
+        self._held.append(data)
+
+    def _release(self) -> None:
+        if self._held and not self.ended:
+            self.write(self._take_held())
+
+    def _take_held(self) -> bytes:
+        data = b"".join(self._held)
+        self._held.clear()
+        return data
+
     def opening(self, prompt: int) -> bytes:
         """What goes before a prompt's first output: the head once, then the prompt's own first chunks."""
         head = b"" if self.exchange.streaming else self.exchange.open_stream()
-        if prompt in self._opened:
+        if prompt in self.opened:
             return head
-        self._opened.add(prompt)
+        self.opened.add(prompt)
         indexes = range(prompt * self.n, (prompt + 1) * self.n)
         chunks = self.shape.opening(indexes, self.handles[prompt].prompt_token_ids)
         return head + b"".join(map(self.event, chunks))
 
     def _write_end(self, usage: Usage) -> None:
-        events = [] if self.exchange.streaming else [self.exchange.open_stream()]
+        events = [self._take_held()] if self.exchange.streaming else [self.exchange.open_stream()]
         if self.shape.envelope.with_usage:
             events.append(self.event(self.shape.usage_chunk(usage)))
         events.append(self._frame(_DONE))
@@ -162,7 +185,7 @@ class StreamReply(Reply):
 
     def _write_error(self, error: PdserveError) -> None:
         if self.exchange.streaming:
-            self.exchange.break_stream(self.event(error_body(error)))
+            self.exchange.break_stream(self._take_held() + self.event(error_body(error)))
         else:
             self.exchange.reply_error(error)
 
@@ -181,7 +204,7 @@ class _StreamSink:
         self._offsets = [0] * reply.n
 
     def on_tokens(self, choice: int, text: str, token_ids: Sequence[int], logprobs: Sequence[Logprobs]) -> None:
-        if not self._fast:
+        if not self._fast and not self._may_be_fast():
             self._on_tokens_in_full(choice, text, token_ids, logprobs)
         elif text:
             # hot path
@@ -189,12 +212,21 @@ class _StreamSink:
             num_fixed, before, after = self._slots[choice]
             self._write(b"".join((b"%x" % (num_fixed + len(string)), before, string, after)))
 
+    def _may_be_fast(self) -> bool:
+        """Once the opening has left, and if nothing but text was asked for."""
+        reply, envelope = self._reply, self._reply.shape.envelope
+        plain = reply.exchange.persistent and not (envelope.with_logprobs or envelope.with_token_ids)
+        if plain and not reply.holds and self._prompt in reply.opened:
+            self._slots = [self._slot(choice) for choice in range(reply.n)]
+            self._fast = True
+        return self._fast
+
     def _on_tokens_in_full(
         self, choice: int, text: str, token_ids: Sequence[int], logprobs: Sequence[Logprobs]
     ) -> None:
         reply = self._reply
         envelope = reply.shape.envelope
-        data = self._opening()
+        data = reply.opening(self._prompt)
         if text or logprobs or (token_ids and envelope.with_token_ids):
             piece = Piece(self._index(choice), text, list(zip(token_ids, logprobs, strict=False)), token_ids)
             piece.text_offset = self._offsets[choice]
@@ -202,18 +234,10 @@ class _StreamSink:
         if logprobs:
             self._offsets[choice] += sum(len(envelope.token_text(token_id)[0]) for token_id in token_ids)
         if data:
-            self._write(data)
+            reply.hold(data)
 
     def _index(self, choice: int) -> int:
         return self._prompt * self._reply.n + choice
-
-    def _opening(self) -> bytes:
-        data = self._reply.opening(self._prompt)
-        envelope = self._reply.shape.envelope
-        if self._reply.exchange.persistent and not (envelope.with_logprobs or envelope.with_token_ids):
-            self._slots = [self._slot(choice) for choice in range(self._reply.n)]
-            self._fast = True
-        return data
 
     def _slot(self, choice: int) -> tuple[int, bytes, bytes]:
         """How many bytes of the HTTP chunk are not text, and those around the text, framing included."""
@@ -222,9 +246,9 @@ class _StreamSink:
         return len(before) + len(after), b"\r\n" + before, after + b"\r\n"
 
     def on_finish(self, choice: int, reason: FinishReason, stop: str | int | None) -> None:
-        opening = b"" if self._fast else self._opening()
+        opening = b"" if self._fast else self._reply.opening(self._prompt)
         piece = Piece(self._index(choice), finish=reason, stop=stop)
-        self._write(opening + self._reply.event(self._reply.shape.chunk(piece)))
+        self._reply.hold(opening + self._reply.event(self._reply.shape.chunk(piece)))
 
     def on_done(self, usage: Usage) -> None:
         self._reply.prompt_done(usage)

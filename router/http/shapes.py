@@ -99,8 +99,11 @@ class ChatShape:
 
     def __init__(self, envelope: Envelope) -> None:
         self.envelope = envelope
+        self._frame: tuple[bytes, bytes] | None = None
 
     def opening(self, indexes: Sequence[int], prompt_token_ids: Sequence[int]) -> list[bytes]:
+        if not self.envelope.with_token_ids:
+            return [self._around(b'{"index":%d,%b}' % (index, _OPENING)) for index in indexes]
         chunks = []
         for position, index in enumerate(indexes):
             choice = ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""))
@@ -110,8 +113,22 @@ class ChatShape:
             chunks.append(_encode(body))
         return chunks
 
+    def _around(self, choice: bytes) -> bytes:
+        """A chunk of one choice that is JSON already. What is around it is the same in all chunks of an answer."""
+        if self._frame is None:
+            before, after = _encode(self._chunk_body([])).rsplit(b"[]", 1)
+            self._frame = before + b"[", b"]" + after
+        return self._frame[0] + choice + self._frame[1]
+
     def chunk(self, piece: Piece) -> bytes:
         ended = piece.finish is not None
+        if not piece.logprobs and not self.envelope.with_token_ids:
+            if not ended:
+                return self._around(
+                    b'{"index":%d,"delta":{"content":%b},%b}' % (piece.index, _encode(piece.text), _OPEN)
+                )
+            if piece.stop is None and piece.finish is not None:
+                return self._around(b'{"index":%d,%b}' % (piece.index, _ENDS[piece.finish]))
         choice = ChatChunkChoice(
             index=piece.index,
             delta=Delta() if ended else Delta(content=piece.text),
@@ -167,6 +184,15 @@ class ChatShape:
             choices=choices,
             usage=None if envelope.with_usage else UNSET,
         )
+
+
+_OPEN = b'"logprobs":null,"finish_reason":null'
+_OPENING = b'"delta":{"role":"assistant","content":""},' + _OPEN
+_ENDS = {
+    reason: b'"delta":{},"logprobs":null,"finish_reason":"%b","stop_reason":null' % finish_name(reason).encode()
+    for reason in FinishReason
+}
+"""What most chunks' only choice holds, as `ChatChunkChoice` is encoded."""
 
 
 class TextShape:

@@ -15,6 +15,7 @@ from pdserve.errors import Overloaded, WorkerLost
 from pdserve.types import FinishReason, Logprobs
 from router.base import Usage
 from router.http.errors import error_body, error_headers
+from router.http.responses import ChatChunk, ChatChunkChoice, Delta
 from router.http.shapes import ChatShape, Envelope, Piece, TextShape
 
 SHAPES = [ChatShape, TextShape]
@@ -67,3 +68,25 @@ def test_errors_tell_when_to_come_back() -> None:
         "param": None,
         "code": "worker_lost",
     }
+
+
+_names = st.text(max_size=8) | st.sampled_from(["[]", '"[]', 'a"choices":[]'])
+
+
+@given(st.integers(0, 200), st.text(max_size=20), _names, _names, st.booleans())
+def test_chunks_put_together_from_bytes_are_those_of_their_types(
+    index: int, text: str, id_: str, model: str, usage: bool
+) -> None:
+    shape = ChatShape(Envelope(id_, 5, model, "fp_1", lambda _: ("", b""), with_usage=usage))
+
+    def encoded(choice: ChatChunkChoice) -> bytes:
+        body = ChatChunk(id=id_, created=5, model=model, system_fingerprint="fp_1", choices=[choice])
+        body.usage = None if usage else msgspec.UNSET
+        return msgspec.json.encode(body)
+
+    assert shape.chunk(Piece(index, text)) == encoded(ChatChunkChoice(index=index, delta=Delta(content=text)))
+    opening = ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""))
+    assert shape.opening([index], ()) == [encoded(opening)]
+    for reason in FinishReason:
+        end = ChatChunkChoice(index=index, delta=Delta(), finish_reason=reason.name.lower(), stop_reason=None)
+        assert shape.chunk(Piece(index, finish=reason)) == encoded(end)
