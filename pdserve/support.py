@@ -114,14 +114,18 @@ Engine `vllm` (`make test-vllm`; a refusal is a config error that names the layo
 
 | KV layout | state |
 |---|---|
-| full attention | run: hand-over, store, n > 1, chunks, preemption, fp32 and bf16; 1 <-> 3 tensor parallel ranks by real processes, other pairs (2 <-> 1, 4 -> 2, 6 heads 3 -> 2, more ranks than heads) by simulated ranks |
+| full attention | run: hand-over, store, n > 1, chunks, preemption, fp32 and bf16; 1 <-> 3 tensor parallel ranks by \
+real processes, other pairs (2 <-> 1, 4 -> 2, 6 heads 3 -> 2, more ranks than heads) by simulated ranks |
 | sliding window in some layers (Gemma 3) | run on tiny random weights: hand-over, store |
-| sliding window in all layers (Mistral) | run on tiny random weights where the context is no longer than the window; else refused |
-| MLA (DeepSeek V2) | run on tiny random weights: hand-over, by vLLM's reference kernels for CPU, which cache no prefixes: near ties may part there, in one vLLM's own outputs as well; store and other backends never run |
+| sliding window in all layers (Mistral) | run on tiny random weights where the context is no longer than the window; \
+else refused |
+| MLA (DeepSeek V2) | run on tiny random weights: hand-over, by vLLM's reference kernels for CPU, which cache no \
+prefixes: near ties may part there, in one vLLM's own outputs as well; store and other backends never run |
 | sparse MLA, chunked local attention | refused |
 | hybrid (Jamba), state space (Mamba), encoder-decoder | refused |
 | layers that share KV, quantised KV, pipeline or context parallel | refused |
-| `MultiConnector` beside `NixlConnector` | run: both start on CPU, pdserve's requests keep their tokens; NIXL's own transfers were not tried |
+| `MultiConnector` beside `NixlConnector` | run: both start on CPU, pdserve's requests keep their tokens; NIXL's own \
+transfers were not tried |
 """
 
 
