@@ -271,7 +271,7 @@ class SloConfig(Config, frozen=True):
     ttft_ms: Annotated[float, _doc("Arrival to first token.", "ms", gt=0)] = 2000.0
     itl_ms: Annotated[float, _doc("Mean gap between tokens.", "ms", gt=0)] = 30.0
     enforce: Annotated[
-        bool, _doc("Tell the policy of the bound on the first token, so that it may refuse what can't meet it.")
+        bool, _doc("Refuse (429) what would wait longer for a worker than ttft_ms, by the queue's present pace.")
     ] = False
 
 

@@ -22,8 +22,9 @@ class Admission:
         self.num_inflight = 0
         self.draining = False
 
-    def enter(self, num_waiting: int, queue_s: float) -> None:
-        """`num_waiting` stand in queues that take about `queue_s` to be placed. Raises `Draining` or `Overloaded`."""
+    def enter(self, num_waiting: int, queue_s: float, max_queue_s: float) -> None:
+        """`num_waiting` stand in queues; this one would for about `queue_s`, and may for `max_queue_s`. Raises
+        `Draining` or `Overloaded`."""
         if self.draining:
             raise Draining("this router is going away; send the request to another one")
         if self.num_inflight >= self._max_inflight:
@@ -36,6 +37,12 @@ class Admission:
                 f"{num_waiting} requests wait for a worker, the limit is {self._max_waiting}",
                 leg="queue",
                 retry_after_s=max(MIN_RETRY_AFTER_S, queue_s),
+            )
+        if queue_s > max_queue_s:
+            raise Overloaded(
+                f"it would wait about {queue_s:.1f} s for a worker, the limit is {max_queue_s:g} s",
+                leg="queue",
+                retry_after_s=max(MIN_RETRY_AFTER_S, queue_s - max_queue_s),
             )
         self.num_inflight += 1
 

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import importlib.metadata
 import logging
+import math
 import os
 import ssl
 import time
@@ -168,6 +169,7 @@ def core_options(config: RouterConfig) -> CoreOptions:
         max_retries=config.max_retries,
         timeouts=timeouts,
         num_records=config.records,
+        max_queue_s=config.slo.ttft_ms / 1000 if config.slo.enforce else math.inf,
     )
 
 
@@ -179,7 +181,6 @@ def placement_options(config: RouterConfig, seed: int) -> PlacementOptions:
         block_tokens=config.block_tokens,
         secret=config.server_secret.encode() or os.urandom(32),
         breaker=BreakerRules(breaker.failures, breaker.slow_ms / 1000, breaker.rest_s),
-        ttft_slo_s=config.slo.ttft_ms / 1000 if config.slo.enforce else None,
         seed=seed,
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from functools import partial
 
 from pdserve.errors import InvalidRequest, ModelNotFound, Overloaded, PdserveError
 from pdserve.types import ModelInfo, Request
-from router.admission import Admission
+from router.admission import MIN_RETRY_AFTER_S, Admission
 from router.base import Incoming, Sink
 from router.catalog import Catalog, Record
 from router.choice import TextOptions
@@ -42,6 +43,8 @@ class CoreOptions:
     max_retries: int
     timeouts: Timeouts
     num_records: int
+    max_queue_s: float = math.inf
+    """A request that would wait longer for a worker is refused at once."""
 
 
 MakeModels = Callable[["RouterCore"], Sequence[ServedModel]]
@@ -167,12 +170,11 @@ class RouterCore:
         waiting = sum([each.placer.num_waiting for each in self.served])
         if waiting >= self.options.max_waiting and (least := served.placer.least_important(priority)) is not None:
             message = "a more important request took its place in the queue"
-            least.fail(Overloaded(message, leg="queue", retry_after_s=self._retry_after_s(served)))
+            queue_s = served.placer.wait_s(least.request.priority)
+            least.fail(Overloaded(message, leg="queue", retry_after_s=max(MIN_RETRY_AFTER_S, queue_s)))
             waiting -= 1
-        self.admission.enter(waiting, self._retry_after_s(served) if waiting else 0.0)
-
-    def _retry_after_s(self, served: ServedModel) -> float:
-        return max(self.admission.retry_after_s, served.placer.wait_s())
+        queue_s = served.placer.wait_s(priority) if waiting else 0.0
+        self.admission.enter(waiting, queue_s, self.options.max_queue_s)
 
     def _check_id(self, request_id: str) -> None:
         if not 0 < len(request_id) <= MAX_ID_CHARS:

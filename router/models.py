@@ -40,14 +40,13 @@ class ModelSetup:
 
 @dataclass(frozen=True, slots=True)
 class PlacementOptions:
-    """`disaggregate`: auto, always or never; `ttft_slo_s`: given to the policy with each request."""
+    """`disaggregate`: auto, always or never."""
 
     policy: str
     disaggregate: str
     block_tokens: int
     secret: bytes
     breaker: BreakerRules
-    ttft_slo_s: float | None = None
     seed: int = 0
 
 
@@ -74,7 +73,7 @@ def _make_one(
     around = Surroundings(clock, predictor, core.prefixes, links, options.block_tokens)
     breakers = LinkBreakers(links, options.breaker, metrics, name, clock)
     policy: Policy[Link] = make_policy(options.policy, around, seed=options.seed, rules=_rules(options))
-    placing = PlacerOptions(name, options.block_tokens, options.disaggregate != "never", options.ttft_slo_s)
+    placing = PlacerOptions(name, options.block_tokens, options.disaggregate != "never")
     placer = Placer(placing, policy, core.fleet, core.prefixes, breakers, predictor, core.loop)
     metrics.waiting.labels(name).set_function(lambda: placer.num_waiting)
     if isinstance(policy, Conductor):

@@ -32,8 +32,6 @@ class PlacerOptions:
     model: str
     block_tokens: int
     disaggregate: bool
-    ttft_slo_s: float | None = None
-    """Given to the policy with each request; None: no bound."""
 
 
 class Placer:
@@ -105,9 +103,11 @@ class Placer:
         if refusal is not None:
             raise refusal
 
-    def wait_s(self) -> float:
-        """How long the queue would take to be placed, at the present pace."""
-        return len(self._waiting) * self._interval_s
+    def wait_s(self, priority: int) -> float:
+        """How long a request of this priority would stand in the queue, at the present pace."""
+        if not self._waiting:
+            return 0.0
+        return self._interval_s * sum([ask.priority <= priority for ask in self._waiting])
 
     def least_important(self, priority: int) -> ActiveRequest | None:
         """The one that waits and should give way to a request of this priority: the newest of the least important;
@@ -207,7 +207,6 @@ class Placer:
             request.params.n,
             request.priority,
             session=active.session,
-            ttft_slo_s=self._options.ttft_slo_s,
             disaggregate=self._options.disaggregate and handed_over,
         )
 

@@ -229,6 +229,26 @@ async def test_a_session_stays_on_its_worker(house, sink, incoming):
     assert len(set.union(*used.values())) > 1
 
 
+async def test_what_would_wait_beyond_the_slo_is_refused_at_once(house, sink, incoming):
+    await house.worker(Role.PREFILL, "p0", timing=SLOW_PREFILL)
+    await house.worker(Role.DECODE, "d0")
+    core = await house.core(placement=CONDUCTOR, max_queue_s=0.35)
+    placer, sinks = core.served[0].placer, [sink() for _ in range(5)]
+    for i, got in enumerate(sinks):
+        core.submit(incoming(f"{i}" * 300, max_tokens=4), got)
+    assert placer.wait_s(0) > 0.35  # by the first guess of a pace
+    with pytest.raises(Overloaded, match=r"the limit is 0\.35 s") as caught:
+        core.submit(incoming("z" * 300), sink())
+    assert caught.value.retry_after_s >= 0.1
+    assert placer.wait_s(-1) == 0.0
+    urgent = sink()
+    core.submit(replace(incoming("y" * 300, max_tokens=2), priority=-1), urgent)
+    for got in (*sinks, urgent):
+        await got.result()
+        assert got.error is None
+    assert core.admission.num_inflight == 0
+
+
 # ---- several models ----
 
 
