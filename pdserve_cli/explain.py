@@ -45,7 +45,10 @@ def fetch(url: str, request_id: str) -> Fields:
 
 def lines(record: Fields) -> Iterator[str]:
     """The record as a text that reads from top to bottom."""
-    yield f"{record['request_id']}: {record['outcome']}{_at(record['leg'])} after {_s(record['ended_s'])}"
+    ended = (
+        f"{record['outcome']}{_at(record['leg'])} after {_s(record['ended_s'])}" if record["outcome"] else "under way"
+    )
+    yield f"{record['request_id']}: {ended}"
     yield f"  model {record['model']} (revision {record['revision']}), policy {record['policy']}"
     yield (
         f"  {record['num_prompt_tokens']} prompt tokens ({record['num_cached_tokens']} cached, of these "
@@ -55,7 +58,7 @@ def lines(record: Fields) -> Iterator[str]:
     seed = "drawn here" if record["seed_was_drawn"] else "the client's"
     yield f"  seed {record['seed']} ({seed}), tokenised in {_s(record['tokenised_s'])}"
     if not record["attempts"]:
-        yield "  it was never placed"
+        yield "  it was never placed" if record["outcome"] else "  it waits for a worker"
     for number, attempt in enumerate(record["attempts"], 1):
         yield from _attempt(number, attempt)
 

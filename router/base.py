@@ -113,6 +113,6 @@ class Core(Protocol):
         ...
 
     def record(self, request_id: str) -> dict[str, object] | None:
-        """What shaped the answer of an ended request, by field of `router.catalog.Record`; None: not (or no longer)
-        known. Neither prompt nor output is in it."""
+        """What shaped the answer of a request, by field of `router.catalog.Record`, or shapes it: then `outcome` is
+        empty. None: not (or no longer) known. Neither prompt nor output is in it."""
         ...

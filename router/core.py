@@ -111,7 +111,8 @@ class RouterCore:
         return None if None in reasons else "; ".join(reason for reason in reasons if reason)
 
     def record(self, request_id: str) -> dict[str, object] | None:
-        found = self.catalog.find(request_id)
+        active = self._active.get(request_id)
+        found = active.record if active is not None else self.catalog.find(request_id)
         return None if found is None else found.as_dict()
 
     # ---- life of the process ----

@@ -163,7 +163,7 @@ class Routes:
         request_id = unquote(exchange.path.removeprefix(_RECORD_PREFIX))
         record = self._core.record(request_id)
         if record is None:
-            raise NotFound(f"No record of the request {request_id[:200]!r}: it runs still, or was long ago")
+            raise NotFound(f"No record of the request {request_id[:200]!r}: it never came here, or was long ago")
         exchange.reply(200, msgspec.json.encode(record))
 
     # operations

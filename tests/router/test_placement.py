@@ -10,6 +10,7 @@ from pdserve.engine.sim import SimEngineConfig, expected_tokens
 from pdserve.engine.timing import LinearTiming
 from pdserve.errors import DeadlineExceeded, ModelNotFound, NoWorker, Overloaded, PeerLost, WorkerLost
 from pdserve.types import CacheDelta, Role
+from pdserve_cli import explain
 from router.breakers import BreakerRules
 from router.guesses import Guess
 from router.request import Timeouts
@@ -159,6 +160,9 @@ async def test_a_request_that_waits_can_be_cancelled(house, sink, incoming):
     sinks = [sink() for _ in range(4)]
     handles = [core.submit(incoming(f"{i}" * 300, max_tokens=4), got) for i, got in enumerate(sinks)]
     assert handles[-1].waiting
+    record = core.record(handles[-1].request_id)
+    assert (record["outcome"], record["attempts"]) == ("", [])
+    assert "it waits for a worker" in "\n".join(explain.lines(record))
     handles[-1].cancel()
     for got in sinks[:-1]:
         await got.result()
