@@ -157,6 +157,11 @@ class RouterMetrics:
         self.workers = Gauge(
             "pdserve_workers", "Workers connected, by role and state.", ("role", "state"), registry=registry
         )
+        self.discovery_up = Gauge(
+            "pdserve_discovery_up",
+            "1 while the API server or Redis answers; 0: the workers known so far stay, new ones are not seen.",
+            registry=registry,
+        )
         self.worker_lost = Counter(
             "pdserve_worker_lost", "Streams to workers that broke.", ("role",), registry=registry
         )

@@ -60,6 +60,7 @@ class Router:
         self._metrics = RouterMetrics(
             self.registry, slo_ttft_s=config.slo.ttft_ms / 1000, slo_itl_s=config.slo.itl_ms / 1000
         )
+        self._metrics.discovery_up.set_function(lambda: float(self._discovery.answering))
         self._changed = asyncio.Event()
         self._readiness: asyncio.Task[None] | None = None
         self._tracer: Tracer | None = None

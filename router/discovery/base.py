@@ -12,6 +12,11 @@ from pdserve.errors import ConfigError, ServiceError
 class Discovery(Protocol):
     """What a fleet follows. A failure on the way to whoever knows is never a change: the last set stays."""
 
+    @property
+    def answering(self) -> bool:
+        """Whether whoever knows did so when last asked."""
+        ...
+
     def watch(self) -> AsyncGenerator[frozenset[str]]:
         """host:port of every worker, at once and again at each change. It may end: then nothing changes any more."""
         ...
@@ -25,6 +30,8 @@ class DiscoveryError(ServiceError):
 
 class StaticDiscovery:
     """A list from the config. Raises `ConfigError` (key "workers") for an entry that is no host:port."""
+
+    answering = True
 
     def __init__(self, addresses: Iterable[str]) -> None:
         self._addresses = frozenset(addresses)

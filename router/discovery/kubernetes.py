@@ -46,6 +46,10 @@ class KubernetesDiscovery:
         self._list_at = 0.0
         self._told: frozenset[str] | None = None
 
+    @property
+    def answering(self) -> bool:
+        return self._told is not None and not self._backoff.failing
+
     async def watch(self) -> AsyncGenerator[frozenset[str]]:
         try:
             while True:

@@ -63,16 +63,20 @@ class RedisDiscovery:
         self._clock = clock
         self._known = LastKnown(config.ttl_s)
         self._backoff = Backoff()
+        self._told: frozenset[str] | None = None
+
+    @property
+    def answering(self) -> bool:
+        return self._told is not None and not self._backoff.failing
 
     async def watch(self) -> AsyncGenerator[frozenset[str]]:
-        told: frozenset[str] | None = None
         try:
             while True:
                 try:
                     async with aclosing(self._list.changes(self._poll_s)) as changes:
                         async for _ in changes:
-                            if (addresses := await self._read()) != told:
-                                told = addresses
+                            if (addresses := await self._read()) != self._told:
+                                self._told = addresses
                                 yield addresses
                 except FAILURES as error:
                     await self._failed(error)

@@ -30,6 +30,10 @@ class Played:
         self.known: frozenset[str] = frozenset()
         """As the API server names them."""
 
+    @property
+    def answering(self) -> bool:
+        return self._discovery.answering
+
     async def watch(self) -> AsyncGenerator[frozenset[str]]:
         async with aclosing(self._discovery.watch()) as changes:
             async for addresses in changes:
@@ -120,6 +124,10 @@ class KubeFleet:
         async with asyncio.timeout(30):
             while (await self.client.get("/readyz")).status_code != 200:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
+
+    async def answered(self) -> bool:
+        """What /metrics tells of discovery."""
+        return "pdserve_discovery_up 1.0" in (await self.client.get("/metrics")).text
 
     async def ask(self, max_tokens: int = 2) -> tuple[str, str]:
         """The workers of one request that was answered in full: prefill's and decode's."""

@@ -80,6 +80,13 @@ def test_routers_may_read_endpoint_slices_of_their_namespace_and_nothing_else(cl
     assert not may("router", "list", "endpointslices.discovery.k8s.io", "--namespace=kube-system")
 
 
+def test_a_release_without_a_store_runs_under_the_restricted_standard(cluster):
+    label = "pod-security.kubernetes.io/enforce=restricted"
+    cluster.kubectl("label", "namespace", cluster.namespace, label)
+    cluster.install("pd", *PLAIN)
+    assert [len(cluster.pods(name)) for name in ("router", "prefill", "decode")] == [1, 1, 1]
+
+
 def test_a_config_that_no_process_would_take_is_refused_before_anything_is_there(cluster):
     with pytest.raises(ToolFailed, match="num_blcks"):
         cluster.install("pd", *PLAIN, "--set", "decode.config.num_blcks=3")

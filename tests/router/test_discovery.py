@@ -200,6 +200,20 @@ async def test_everything_is_listed_anew_when_it_is_time():
     assert script.asked == ["list", "5", "5", "list"]
 
 
+async def test_it_tells_whether_it_is_answered():
+    script = Script([listed("5", ONE)], [[DiscoveryError("broken")]])
+    discovery = KubernetesDiscovery(KubernetesConfig(), script)
+    assert not discovery.answering
+    async with asyncio.timeout(10), aclosing(discovery.watch()) as changes:
+        await anext(changes)
+        assert discovery.answering
+        waiting = asyncio.ensure_future(anext(changes))
+        while discovery.answering:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+
 async def test_failures_are_waited_out_longer_and_longer_and_a_success_resets_that():
     backoff = Backoff()
     assert not backoff.failing
@@ -216,6 +230,8 @@ async def test_failures_are_waited_out_longer_and_longer_and_a_success_resets_th
 
 class Told:
     """A discovery that says what the test tells it."""
+
+    answering = True
 
     def __init__(self, *addresses):
         self.news = asyncio.Queue()
