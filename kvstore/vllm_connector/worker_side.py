@@ -23,7 +23,7 @@ import xxhash
 from kvstore.transports.shm import SharedMemoryPool
 from kvstore.vllm_connector.plan import Copies, LoadCopy, Save, SaveCopy
 from pdserve.engine.vllm.board import Ending, TransferBoard
-from pdserve.engine.vllm.pages import PagedKV
+from pdserve.engine.vllm.pages import PagedKV, Span
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,15 @@ class _Saved:
     num_tokens: int
     blocks: list[int]
     num_grants: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Of one save, what this step copies: a request's tokens into these staging blocks."""
+
+    slot: int
+    span: Span
+    blocks: list[int]
 
 
 class WorkerSide:
@@ -82,25 +91,29 @@ class WorkerSide:
 
     def save(self, copies: Copies) -> None:
         """After the step's forward: the KV of its tokens is there, and vLLM has not reused the blocks yet."""
+        assert self._pages is not None
+        parts = [part for copy in copies.saves if (part := self._part(copy)) is not None]
+        if parts:
+            targets = [block for part in parts for block in part.blocks]
+            self._blocks[targets, :, :, self._heads] = self._pages.read_spans([part.span for part in parts])
+        for part in parts:
+            self._saved[part.slot].num_tokens = part.span[2]
+            self._board.advance(self._rank, part.slot, part.span[2])
         for copy in copies.saves:
-            self._save(copy)
             if copy.final:
                 self._saved.pop(copy.save.slot, None)
                 self._board.end(self._rank, copy.save.slot, Ending.DONE)
 
-    def _save(self, copy: SaveCopy) -> None:
+    def _part(self, copy: SaveCopy) -> _Part | None:
         """What is computed and has room; what has no room yet is tried again with the next copy."""
-        assert self._pages is not None
         save, size = copy.save, self._block_tokens
         saved = self._take_grants(save)
         last = min(copy.last, (save.first_block + len(saved.blocks)) * size)
         if last <= saved.num_tokens:
-            return
-        blocks = self._pages.read(list(copy.vllm_blocks), saved.num_tokens, last)
+            return None
         start = saved.num_tokens // size - save.first_block
-        self._blocks[saved.blocks[start : start + len(blocks)], :, :, self._heads] = blocks
-        saved.num_tokens = last
-        self._board.advance(self._rank, save.slot, last)
+        blocks = saved.blocks[start : start - (saved.num_tokens - last) // size]
+        return _Part(save.slot, (copy.vllm_blocks, saved.num_tokens, last), blocks)
 
     def _take_grants(self, save: Save) -> _Saved:
         saved = self._saved.get(save.slot)

@@ -87,6 +87,11 @@ class TransferBoard:
         """Tokens that every rank has moved."""
         return int(self._words[:, slot, 0].min())
 
+    def num_tokens_of(self, slots: list[int]) -> list[int]:
+        """`num_tokens` of many slots."""
+        moved: list[int] = self._words[:, slots, 0].min(axis=0).tolist()
+        return moved
+
     def ended(self, slot: int) -> bool:
         """Whether no rank touches the transfer's blocks any more."""
         return bool(self._words[:, slot, 1].all())

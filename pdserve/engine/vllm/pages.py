@@ -11,7 +11,7 @@ What leaves and enters is a hand-over block: [layer, K/V, kv_head, token, head_d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,10 @@ from pdserve.errors import ConfigError
 
 _CODE_BASE = 128
 """Numbers below it are exact in every dtype, bf16 with its 8 bits included."""
+
+
+Span = tuple[Sequence[int], int, int]
+"""(vLLM's blocks of a request from token 0, first token, one past the last)."""
 
 
 class PageOrder(Protocol):
@@ -123,22 +127,35 @@ class PagedKV:
     def num_heads(self) -> int:
         return int(self.layers[0].shape[1])
 
-    def read(self, vllm_blocks: list[int], first: int, last: int) -> torch.Tensor:
+    def read(self, vllm_blocks: Sequence[int], first: int, last: int) -> torch.Tensor:
         """Tokens [first, last) as host blocks [block, layer, K/V, kv_head, token, head_dim]; `first` is a multiple of
         `block_tokens`, `vllm_blocks` are the request's from token 0. Past `last` the tail block holds zeros, so that
         a block's bytes depend on its tokens alone."""
-        pages, skipped = self._pages(vllm_blocks, first, last)
-        count = -(-(last - first) // self.block_tokens)
-        per_layer = [self._blocks(self.order.read(layer, pages))[skipped : skipped + count] for layer in self.layers]
+        return self.read_spans([(vllm_blocks, first, last)])
+
+    def read_spans(self, spans: Sequence[Span]) -> torch.Tensor:
+        """As `read`, the blocks of several requests after each other: one gather a layer, however many they are."""
+        pages: list[int] = []
+        wanted: list[int] = []
+        tails: list[tuple[int, int]] = []
+        for vllm_blocks, first, last in spans:
+            own, skipped = self._pages(vllm_blocks, first, last)
+            start = len(pages) * (self.page_tokens // self.block_tokens) + skipped
+            pages += own
+            wanted += range(start, start - (first - last) // self.block_tokens)
+            if last % self.block_tokens:
+                tails.append((len(wanted) - 1, last % self.block_tokens))
+        index, chosen = self._tensor(pages), self._tensor(wanted)
+        per_layer = [self._blocks(self.order.read(layer, index))[chosen] for layer in self.layers]
         blocks = torch.stack(per_layer, dim=1).cpu()
-        if last % self.block_tokens:
-            blocks[-1, :, :, :, last % self.block_tokens :] = 0
+        for block, num_tokens in tails:
+            blocks[block, :, :, :, num_tokens:] = 0
         return blocks
 
-    def write(self, vllm_blocks: list[int], first: int, last: int, blocks: torch.Tensor) -> None:
+    def write(self, vllm_blocks: Sequence[int], first: int, last: int, blocks: torch.Tensor) -> None:
         """The other way. `first` is a multiple of a page: the pages are the request's own and get written whole, with
         zeros past the given blocks (never what a former owner left there, which might be no number at all)."""
-        pages, _ = self._pages(vllm_blocks, first, last)
+        pages = self._tensor(self._pages(vllm_blocks, first, last)[0])
         per_page = self.page_tokens // self.block_tokens
         shape = (len(pages) * per_page, *blocks.shape[1:])
         whole = torch.zeros(shape, dtype=blocks.dtype)
@@ -147,13 +164,15 @@ class PagedKV:
         for number, layer in enumerate(self.layers):
             self.order.write(layer, pages, self._whole_pages(whole[:, number], len(pages)))
 
-    def _pages(self, vllm_blocks: list[int], first: int, last: int) -> tuple[torch.Tensor, int]:
+    def _tensor(self, numbers: list[int]) -> torch.Tensor:
+        return torch.tensor(numbers, device=self.layers[0].device)
+
+    def _pages(self, vllm_blocks: Sequence[int], first: int, last: int) -> tuple[list[int], int]:
         """Pages that hold the tokens, and how many hand-over blocks of the first page come before `first`."""
         split = self.vllm_block // self.page_tokens
         start, stop = first // self.page_tokens, -(-last // self.page_tokens)
         pages = [vllm_blocks[page // split] * split + page % split for page in range(start, stop)]
-        device = self.layers[0].device
-        return torch.tensor(pages, device=device), (first - start * self.page_tokens) // self.block_tokens
+        return pages, (first - start * self.page_tokens) // self.block_tokens
 
     def _blocks(self, content: torch.Tensor) -> torch.Tensor:
         """[page, K/V, head, token, dim] -> [block, K/V, head, token, dim]."""

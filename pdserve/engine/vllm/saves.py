@@ -54,8 +54,11 @@ class Saves:
 
     def step(self, *, room: bool) -> None:
         """Publish what is full; with `room`, grant blocks for what comes."""
-        for choice, save in self._saves.items():
-            self._publish(choice, save)
+        if not self._saves:
+            return
+        moved = self._staging.board.num_tokens_of([save.slot for save in self._saves.values()])
+        for (choice, save), num_tokens in zip(self._saves.items(), moved, strict=True):
+            self._publish(choice, save, num_tokens)
             while room and not choice.closed and len(save.blocks) < AHEAD:
                 granted = self._staging.allocate(1, 0)
                 if granted is None:
@@ -63,8 +66,8 @@ class Saves:
                 self._staging.board.grant(save.slot, granted[0][0])
                 save.blocks += granted[0]
 
-    def _publish(self, choice: Choice, save: _Save) -> None:
-        saved = self._staging.board.num_tokens(save.slot) // self._size
+    def _publish(self, choice: Choice, save: _Save, num_tokens: int) -> None:
+        saved = num_tokens // self._size
         if saved <= save.next_block:
             return
         if not save.told:
@@ -87,7 +90,7 @@ class Saves:
         """vLLM is through with the choice; its slot is still the choice's."""
         save = self._saves.pop(choice, None)
         if save is not None:
-            self._publish(choice, save)
+            self._publish(choice, save, self._staging.board.num_tokens(save.slot))
             self._staging.retire_blocks(save.blocks, [save.slot])
 
     def holders(self) -> list[list[int]]:

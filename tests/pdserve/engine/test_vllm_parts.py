@@ -351,6 +351,16 @@ def test_a_cpu_kernels_pages_are_read_as_tokens(page: int, vllm_block: int, firs
     assert not flat[:, :, last - first :].any()
 
 
+@pytest.mark.parametrize(("page", "vllm_block"), [(32, 64), (64, 64)])
+def test_many_requests_are_read_at_once_as_one_by_one(page: int, vllm_block: int) -> None:
+    kv, kernel = cpu_pages(page, vllm_block)
+    fill(kv, kernel, [4, 2, 7, 5], tokens_of(200))
+    spans = [([4, 2, 7, 5], 16, 32), ([4, 2, 7, 5], 48, 130), ([2], 0, 7), ([7, 5, 4], 96, 176), ([5], 0, 16)]
+    together = kv.read_spans(spans)
+    assert torch.equal(together, torch.cat([kv.read(*span) for span in spans]))
+    assert not together[6, ..., 2:, :].any(), "the tail of a span is empty, not its neighbour's"
+
+
 @pytest.mark.parametrize("first", [0, 64])
 def test_what_was_read_from_one_layout_can_be_written_into_another(first: int) -> None:
     source, kernel = cpu_pages(32, 64)
