@@ -84,7 +84,7 @@ class OneSidedPeer:
     def __init__(self, transport: OneSidedTransport, link: Link, where: _Descriptor) -> None:
         """Raises `PeerLost` when the region is void."""
         self._transport, self._link, self._where = transport, link, where
-        self._closed = False
+        self.closed = False
         with self._transport.busy():
             self._check_word()
 
@@ -96,8 +96,8 @@ class OneSidedPeer:
 
     def close(self) -> None:
         """Transfers under way raise `PeerLost` after the batch that moves just now."""
-        if not self._closed:
-            self._closed = True
+        if not self.closed:
+            self.closed = True
             self._link.close()
 
     def _transfer(
@@ -128,7 +128,7 @@ class OneSidedPeer:
                 place.empty(batch, local)
 
     def _check_open(self) -> None:
-        if self._closed or self._transport.closed:
+        if self.closed or self._transport.closed:
             raise PeerLost("this peer was closed")
 
     def _check_word(self) -> None:
@@ -236,13 +236,16 @@ class OneSidedTransport:
             link.close()
             raise
         with self._lock:
-            self._peers.append(peer)
+            self._peers = [known for known in self._peers if not known.closed] + [peer]
         return peer
 
     def read_word(self, link: Link, address: int) -> int:
         """A word of a peer's table. Raises `PeerLost`, `TransferTimeout` (its place is not used again then: the
         answer may come yet)."""
-        index = self._scratch.get()
+        try:
+            index = self._scratch.get_nowait()
+        except queue.Empty:
+            raise PeerLost("too many transfers never ended: this transport is not used any more") from None
         try:
             link.move("read", [address], [self._table_address + index * WORD], [WORD])
             word = int(self._table[index])

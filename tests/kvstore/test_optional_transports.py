@@ -1,5 +1,6 @@
 """What is special about the optional transports: what is missing is named, who may join, what may arrive late."""
 
+import ctypes
 import socket
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from kvstore.transports import mooncake
 from kvstore.transports.base import Range
 from kvstore.transports.landing import MAX_ABANDONED, PLACES, Landing
 from kvstore.transports.mooncake import MooncakeOptions, make_mooncake
-from kvstore.transports.one_sided import MAX_BATCH_BYTES, MAX_PIECES, split
+from kvstore.transports.one_sided import MAX_BATCH_BYTES, MAX_PIECES, MAX_REGIONS, OneSidedTransport, split
 from kvstore.transports.registry import check_names, make_transport
 from kvstore.transports.tcp import TcpTransport
 from pdserve.errors import ConfigError, HandoverError, PeerLost, TransferTimeout
@@ -176,3 +177,79 @@ def listening() -> set[tuple[str, int]]:
                 words = np.frombuffer(bytes.fromhex(address), ">u4").astype("<u4").tobytes()
                 found.add((socket.inet_ntop(family, words), int(port, 16)))
     return found
+
+
+# ---- one-sided transports over a library that tests control ----
+
+
+class FakeLibrary:
+    """Memory copies within this process; `stuck` makes every transfer time out."""
+
+    landing_bytes = 0
+
+    def __init__(self) -> None:
+        self.stuck = False
+        self.registered: list[tuple[int, int]] = []
+
+    def register(self, address: int, nbytes: int) -> None:
+        self.registered.append((address, nbytes))
+
+    def deregister(self, address: int, nbytes: int) -> None:
+        self.registered.remove((address, nbytes))
+
+    def endpoint(self) -> bytes:
+        return b"here"
+
+    def connect(self, endpoint: bytes) -> "FakeLibrary":
+        return self
+
+    def move(self, operation: str, remote: list[int], local: list[int], lengths: list[int]) -> None:
+        if self.stuck:
+            raise TransferTimeout("stuck")
+        for theirs, ours, length in zip(remote, local, lengths, strict=True):
+            to, source = (ours, theirs) if operation == "read" else (theirs, ours)
+            ctypes.memmove(to, source, length)
+
+    def close(self) -> None:
+        pass
+
+
+def test_memory_that_nobody_registered_is_lent_to_the_library_for_one_transfer() -> None:
+    library = FakeLibrary()
+    transport = OneSidedTransport("fake", library)
+    memory = np.arange(100, dtype=np.uint8)
+    peer = transport.connect(transport.register(memory).descriptor)
+    before, into = list(library.registered), np.zeros(50, dtype=np.uint8)
+    peer.read([Range(10, 0, 50)], into)
+    assert into.tolist() == list(range(10, 60))
+    assert library.registered == before
+    transport.close()
+    assert library.registered == []
+
+
+def test_a_word_that_was_never_answered_costs_its_place_and_in_the_end_a_typed_error() -> None:
+    library = FakeLibrary()
+    transport = OneSidedTransport("fake", library)
+    peer = transport.connect(transport.register(np.zeros(8, dtype=np.uint8)).descriptor)
+    library.stuck = True
+    for _ in range(MAX_REGIONS):
+        with pytest.raises(TransferTimeout):
+            transport.read_word(library, 0)
+    with pytest.raises(PeerLost, match="never ended"):
+        transport.read_word(library, 0)
+    peer.close()
+    transport.close()
+
+
+def test_closed_peers_are_forgotten_and_words_are_used_again() -> None:
+    transport = OneSidedTransport("fake", FakeLibrary())
+    memory = np.zeros(8, dtype=np.uint8)
+    for _ in range(2 * MAX_REGIONS):
+        region = transport.register(memory)
+        transport.connect(region.descriptor).close()
+        transport.deregister(region)
+    regions = [transport.register(memory) for _ in range(MAX_REGIONS)]
+    with pytest.raises(ConfigError, match="no room"):
+        transport.register(memory)
+    assert len({region.region_id for region in regions}) == MAX_REGIONS
+    transport.close()
