@@ -191,15 +191,15 @@ class Segment:
     def _read_large(self, transfer: Transfer) -> RecordInvalid | None:
         """In pieces, each hashed while other threads' pieces come in. A run of one record, by its size."""
         record, page, hasher = transfer.record, _headers()[:PAGE], xxhash.xxh3_128()
-        if os.preadv(self._data, [page], record.offset) < PAGE:
-            return RecordInvalid("truncated")
-        at = 0
-        while at < record.length:
+        for at in range(0, record.length, RUN_BYTES):
             piece = transfer.data[at : at + RUN_BYTES]
-            if os.preadv(self._data, [piece], record.offset + PAGE + at) < len(piece):
+            head = (
+                [] if at else [page]
+            )  # comes with the first piece: a call of its own would wait for the disk once more
+            wanted = len(piece) + PAGE * len(head)
+            if os.preadv(self._data, [*head, piece], record.offset + PAGE * (1 - len(head)) + at) < wanted:
                 return RecordInvalid("truncated")
             hasher.update(piece)
-            at += len(piece)
         return _judge(record, page, hasher.digest())
 
     def erase(self, record: Record) -> None:
