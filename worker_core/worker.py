@@ -235,15 +235,20 @@ class Worker:
     def _on_round(self, round_: Round) -> None:
         if not self._ready.is_set():
             return  # not serving yet, or no more: no request is here
-        delta = self.store.on_round(round_)
-        if delta:
-            self.jobs.tell_cache(delta)
-        self.jobs.on_round(round_)
+        try:
+            self._tell_cache(round_)
+        finally:
+            self.jobs.on_round(round_)  # tokens first of all: what is told of a cache must not cost one
         if round_.load is not None:
             self._load = replace(round_.load, kv_bytes_pulled=self.kv_bytes_pulled)
             for session in self.jobs.sessions:
                 session.set_load(self._load)
             self._count_load(self._load)
+
+    def _tell_cache(self, round_: Round) -> None:
+        delta = self.store.on_round(round_)
+        if delta:
+            self.jobs.tell_cache(delta)
 
     def _count_load(self, load: EngineLoad) -> None:
         metrics = self._metrics
