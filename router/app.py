@@ -34,8 +34,8 @@ from router.models import PlacementOptions, maker
 from router.observer import count_workers
 from router.oip_face import OpenInferenceFace
 from router.prefixes import PrefixIndex
-from router.request import Timeouts
 from router.stores import Stores
+from router.surroundings import Timeouts
 from router.traces import RouterTraces
 
 STOP_GRACE_S = 1.0

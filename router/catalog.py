@@ -45,6 +45,13 @@ class Attempt:
     """Estimated: the stall that computing the prompt on the decode worker would have meant to those who decode there,
     all together."""
 
+    def rebound(self, decision: Decision[Link]) -> None:
+        """Its decode worker was lost before anything was handed over, and another one goes on."""
+        if decision.decode is not None:
+            info = decision.decode.info
+            self.decode_worker, self.decode_incarnation = info.worker_id, info.incarnation
+            self.picks += decision.picks
+
     @property
     def alone(self) -> str:
         """Why one worker did it all; empty for a pair."""

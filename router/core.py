@@ -22,8 +22,9 @@ from router.choice import TextOptions
 from router.deadlines import Deadlines
 from router.fleet import Fleet
 from router.prefixes import PrefixIndex
-from router.request import ActiveRequest, Placing, Surroundings, Timeouts
+from router.request import ActiveRequest
 from router.served import ServedModel
+from router.surroundings import Placing, Surroundings, Timeouts
 from router.traces import RouterTraces
 
 MAX_ID_CHARS = 256

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from pdserve.errors import WorkerLost
-from pdserve.types import Finish, Logprobs, Phase, PromptStats, Request
+from pdserve.types import Finish, FinishReason, Logprobs, Phase, PromptStats, Request
 from pdserve.wire.session import Announcement, FirstOutput
 from router.choice import Choice
 from router.session import Lane, Link
@@ -41,6 +41,10 @@ class LegOwner(Protocol):
 
     def on_running(self, leg: Leg) -> None:
         """The leg that goes on to the end has made its first token: whatever KV it needed is there."""
+        ...
+
+    def on_refused(self, leg: Leg, finish: Finish) -> None:
+        """The worker that was to go on ended it with an error, before its first token."""
         ...
 
     def on_leg_lost(self, leg: Leg, error: WorkerLost) -> None: ...
@@ -207,4 +211,7 @@ class _StartLane:
         self._choice.take(first_index, token_ids, logprobs, finish)
 
     def end(self, finish: Finish) -> None:
-        self._choice.end(finish)
+        if finish.reason is FinishReason.ERROR:
+            self._leg.owner.on_refused(self._leg, finish)
+        else:
+            self._choice.end(finish)

@@ -35,7 +35,7 @@ class PlacerOptions:
 
 
 class Placer:
-    """Implements `router.request.Placing`."""
+    """Implements `router.surroundings.Placing`."""
 
     def __init__(
         self,
@@ -142,6 +142,22 @@ class Placer:
             self.place(active)
         except PdserveError as error:
             active.not_placed(error)
+
+    def decode_again(self, active: ActiveRequest) -> None:
+        self._loop.call_soon(self._redecide, active)
+
+    def _redecide(self, active: ActiveRequest) -> None:
+        ask = self._asks.get(active)
+        if ask is None or not active.rebinding:
+            return
+        decision = self.policy.redecide(ask, self._links(), self._fleet.version)
+        if decision.error is not None:
+            active.retry(decision.error)
+            return
+        try:
+            active.rebind(decision)
+        except WorkerLost as error:
+            active.retry(error)
 
     def prefilled(self, active: ActiveRequest, stats: PromptStats | None) -> None:
         ask = self._asks.get(active)

@@ -9,11 +9,9 @@ request (last token, error, cancel, deadline) passes through `_end`, once.
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from pdserve.errors import (
     DeadlineExceeded,
@@ -30,68 +28,15 @@ from pdserve.wire.session import Announcement, FirstOutput
 from router.base import Sink, Usage
 from router.catalog import Attempt, Record, attempt_of
 from router.choice import Choice, TextOptions
-from router.deadlines import Deadlines
 from router.legs import DecodeLeg, FullLeg, Leg, PrefillLeg
 from router.scheduling.base import Decision
 from router.session import Link
+from router.surroundings import Surroundings
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 FOREVER = float("inf")
-
-
-@dataclass(frozen=True, slots=True)
-class Timeouts:
-    """Seconds without progress after which a leg has failed; `queue_s`: that a request may wait to be placed."""
-
-    prefill_s: float
-    transfer_s: float
-    decode_s: float
-    queue_s: float = 60.0
-
-    def of(self, clock: str) -> float:
-        if clock == "decode":
-            return self.decode_s
-        if clock == "prefill":
-            return self.prefill_s
-        return self.transfer_s if clock == "transfer" else self.queue_s
-
-
-class Placing(Protocol):
-    """Who gave this request its workers, and wants to know what became of it."""
-
-    def again(self, active: ActiveRequest) -> None:
-        """Its workers are let go; find others. Nothing is called back before this returns."""
-        ...
-
-    def prefilled(self, active: ActiveRequest, stats: PromptStats | None) -> None:
-        """The prompt is computed; None: the worker did not say what of it was cached."""
-        ...
-
-    def decoding(self, active: ActiveRequest) -> None:
-        """Decode has given its first token."""
-        ...
-
-    def failed(self, active: ActiveRequest, error: PdserveError) -> None:
-        """An attempt has failed, whatever is done about it."""
-        ...
-
-    def ended(self, active: ActiveRequest) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What every request of a model shares. `max_retries`: placements after the first."""
-
-    loop: asyncio.AbstractEventLoop
-    deadlines: Deadlines
-    timeouts: Timeouts
-    placing: Placing
-    on_end: Callable[[ActiveRequest], None]
-    max_retries: int = 2
-    clock: Callable[[], float] = time.monotonic
-    """The loop's time, finer: uvloop's stands still within an iteration and counts milliseconds."""
 
 
 class ActiveRequest:
@@ -126,7 +71,13 @@ class ActiveRequest:
         self._decode: Leg | None = None
         self._running: Leg | None = None
         self._num_open = request.params.n
+        self._submitted = request
+        """As its workers have it: behind what the client has got before."""
         self._num_announced = 0
+        self._num_rebound = 0
+        self._held: list[Announcement] | None = None
+        """What prefill announced while another decode worker is looked for; None: there is one."""
+        self._held_outputs: tuple[FirstOutput, ...] = ()
         self._progress = -1
         self._failure: PdserveError | None = None
         """Of its last attempt."""
@@ -148,7 +99,8 @@ class ActiveRequest:
 
     def bind(self, decision: Decision[Link]) -> None:
         """Submit to the decided workers. Raises `WorkerLost`, with nothing left behind."""
-        request = self._as_it_stands()
+        request = self._submitted = self._as_it_stands()
+        self._num_announced = 0
         self.record.attempts.append(attempt_of(decision, self._age(), self.num_output_tokens))
         if decision.prefill is not None and decision.decode is not None:
             self.start_pair(decision.prefill, decision.decode, request, decision.prefix_store)
@@ -220,7 +172,9 @@ class ActiveRequest:
 
     def on_announced(self, announcement: Announcement) -> None:
         self._num_announced += 1
-        if self._decode is not None:
+        if self._held is not None:
+            self._held.append(announcement)
+        elif self._decode is not None:
             self._decode.link.relay(self._decode.handle, ticket=announcement.ticket, manifests=announcement.manifests)
 
     def on_prompt(self, leg: Leg, stats: PromptStats) -> None:
@@ -257,7 +211,9 @@ class ActiveRequest:
     def on_prefilled(self, outputs: tuple[FirstOutput, ...]) -> None:
         if self.attempt.num_cached_tokens is None:
             self._around.placing.prefilled(self, None)
-        if self._decode is not None:
+        if self._held is not None:
+            self._held_outputs = outputs
+        elif self._decode is not None:
             self._decode.link.relay(self._decode.handle, outputs=outputs)
             self._set_clock("transfer")
 
@@ -273,7 +229,47 @@ class ActiveRequest:
         if self._clock == "transfer" and leg is self._prefill and leg.link.draining:
             return
         error.leg = leg.name
-        self._give_up(error)
+        if leg is self._decode and self._may_rebind():
+            self._seek_decode(error)
+        else:
+            self._give_up(error)
+
+    def on_refused(self, leg: Leg, finish: Finish) -> None:
+        if leg is self._decode and isinstance(finish.error, Draining) and self._may_rebind():
+            self._seek_decode(finish.error)
+        else:
+            self.on_finish_error(finish)
+
+    # ---- another decode worker, before anything was handed over ----
+
+    @property
+    def rebinding(self) -> bool:
+        return self._held is not None
+
+    def _may_rebind(self) -> bool:
+        """Decode is bound by its first pull, and that comes after the first announcement."""
+        return self._prefill is not None and not self._num_announced and self._num_rebound < self._around.max_retries
+
+    def _seek_decode(self, error: PdserveError) -> None:
+        self._failure = error
+        self._num_rebound += 1
+        if self._decode is not None:
+            self._decode.forget()
+        self._decode, self._held = None, []
+        self._around.placing.decode_again(self)
+
+    def rebind(self, decision: Decision[Link]) -> None:
+        """Go on with this decode worker. Raises `WorkerLost`."""
+        assert decision.decode is not None, "a decision for decode has a worker"
+        leg = DecodeLeg(self, decision.decode)
+        leg.submit(self._submitted)
+        held, self._held, self._decode = self._held or (), None, leg
+        self.attempt.rebound(decision)
+        for announcement in held:
+            leg.link.relay(leg.handle, ticket=announcement.ticket, manifests=announcement.manifests)
+        if self._held_outputs:
+            outputs, self._held_outputs = self._held_outputs, ()
+            self.on_prefilled(outputs)
 
     # ---- a leg that failed ----
 
@@ -317,7 +313,8 @@ class ActiveRequest:
         for leg in (self._prefill, self._decode):
             if leg is not None:
                 leg.forget() if over else leg.cancel()
-        self._prefill = self._decode = self._running = None
+        self._prefill = self._decode = self._running = self._held = None
+        self._held_outputs = ()
 
     # ---- news from the choices ----
 
@@ -335,7 +332,7 @@ class ActiveRequest:
         if not isinstance(error, PdserveError):
             error = EngineFailed(f"the engine failed: {error}")
         error.leg = error.leg or self._clock
-        if isinstance(error, Draining | WorkerLost | HandoverError) and self.record.attempts:
+        if isinstance(error, Draining | WorkerLost | HandoverError):
             self._give_up(error)
         else:
             self.fail(error)

@@ -16,7 +16,7 @@ from router.fleet import Fleet
 from router.observer import Observer
 from router.placer import Placer
 from router.prompts import Bounds, PromptMaker
-from router.request import Surroundings
+from router.surroundings import Surroundings
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,9 +30,9 @@ from router.discovery import StaticDiscovery
 from router.fleet import Fleet
 from router.models import ModelSetup, PlacementOptions, maker
 from router.prefixes import PrefixIndex
-from router.request import Timeouts
 from router.served import ModelNames
 from router.stores import Stores
+from router.surroundings import Timeouts
 from worker_core.worker import Worker
 
 VOCAB_SIZE = 1024

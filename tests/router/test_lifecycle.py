@@ -21,7 +21,7 @@ from pdserve.errors import (
 )
 from pdserve.types import FinishReason, Grammar, GrammarKind, Role
 from router.base import ChatMessage
-from router.request import Timeouts
+from router.surroundings import Timeouts
 
 SLOW_DECODE = LinearTiming(0, 0, 0, 5.0, 0, 0)
 """5 ms a step."""

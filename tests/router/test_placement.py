@@ -13,7 +13,7 @@ from pdserve.types import CacheDelta, Role
 from pdserve_cli import explain
 from router.breakers import BreakerRules
 from router.guesses import Guess
-from router.request import Timeouts
+from router.surroundings import Timeouts
 
 SLOW_DECODE = LinearTiming(0, 0, 0, 5.0, 0, 0)
 SLOW_PREFILL = LinearTiming(60.0, 0, 0, 0, 0, 0)
@@ -82,6 +82,35 @@ async def test_a_lost_decode_migrates_with_no_gap_and_no_repeat(house, sink, inc
     assert record.decode_worker != first
     assert got.usage.completion_tokens == 60
     await house.wait_idle(*(worker for worker in house.workers if worker.info.worker_id != first))
+
+
+@pytest.mark.parametrize("how", ["lost", "draining"])
+async def test_another_decode_worker_is_bound_while_prefill_goes_on(house, sink, incoming, how):
+    """Nothing was handed over yet, so what prefill has computed is not lost."""
+    await house.worker(Role.PREFILL, "p0", timing=STUCK)
+    decodes = [await house.worker(Role.DECODE, name) for name in ("d0", "d1")]
+    core, got = await house.core(max_retries=2), sink()
+    if how == "draining":
+        for worker in decodes:
+            worker.jobs.draining = True
+    handle = core.submit(incoming("x" * 100, n=2, max_tokens=9, temperature=0.7, seed=2), got)
+    first = handle.record.decode_worker
+    other = next(worker for worker in decodes if worker.info.worker_id != first)
+    if how == "lost":
+        await drop_streams(next(worker for worker in decodes if worker is not other))
+    else:
+        other.jobs.draining = False
+        next(link for link in house.fleets[0].links if link.info.worker_id == first).draining = True
+        house.fleets[0].changed()
+    await got.result()
+    assert got.error is None
+    for choice in range(2):
+        assert got.token_ids[choice] == expected_tokens(house.sim, handle.request, choice)
+    record = core.catalog.find(handle.request_id)
+    assert [attempt.outcome for attempt in record.attempts] == ["ok"]
+    assert record.decode_worker == other.info.worker_id
+    assert [pick.worker_id for pick in record.last.picks if pick.role == "decode"] == [first, other.info.worker_id]
+    await house.wait_idle(house.workers[0], other)
 
 
 async def test_several_choices_that_have_output_cannot_move(house, sink, incoming):

@@ -12,9 +12,10 @@ from pdserve.wire.session import Announcement, RouterHello, RouterUpdate, StepCo
 from router.catalog import Record
 from router.choice import TextOptions
 from router.deadlines import Deadlines
-from router.request import ActiveRequest, Surroundings, Timeouts
+from router.request import ActiveRequest
 from router.scheduling.base import Ask, Decision
 from router.session import Link
+from router.surroundings import Surroundings, Timeouts
 
 STOP_TOKEN, PLAIN_TOKEN = 9, 5
 
@@ -143,13 +144,23 @@ class Places:
         self.house, self.due, self.ends = house, [], 0
 
     def again(self, active):
-        self.due.append(active)
+        self.due.append((self.bind, active))
+
+    def decode_again(self, active):
+        self.due.append((self.rebind, active))
 
     def run(self):
         due, self.due = self.due, []
-        for active in due:
+        for call, active in due:
             if not active.done:
-                self.bind(active)
+                call(active)
+
+    def rebind(self, active):
+        if active.rebinding:
+            try:
+                active.rebind(Decision(Ask("r", "m", 3, 100), decode=self.house.decode.link))
+            except WorkerLost as error:
+                active.retry(error)
 
     def bind(self, active):
         house = self.house
