@@ -8,7 +8,7 @@ import pytest
 from peer_process import peer_process
 from transport_tools import EVERY, make
 
-from kvstore.transports.base import Peer, Range, Region, Transport
+from kvstore.transports.base import PIECE_BYTES, Peer, Range, Region, Transport
 from kvstore.transports.registry import make_transport, select
 from kvstore.transports.shm import SharedMemoryPool
 from pdserve.errors import ConfigError, HandoverError, PeerLost
@@ -74,6 +74,40 @@ def test_a_read_touches_nothing_but_its_ranges(peer: Peer) -> None:
     peer.read([Range(0, 10, 20), Range(50, 60, 0)], local)
     assert (local[:10] == 0xAB).all()
     assert (local[30:] == 0xAB).all()
+
+
+def test_pieces_are_told_of_in_order_and_are_in_place_by_then(peer: Peer, remote: SharedMemoryPool) -> None:
+    wanted = [Range(remote.block_offset(9), 5, 3 * BLOCK), Range(3, 3 * BLOCK + 5, 0), Range(40, 4 * BLOCK, 7)]
+    local, told = np.zeros(5 * BLOCK, dtype=np.uint8), list[Range]()
+
+    def arrived(piece: Range) -> None:
+        assert (local[piece.local :][: piece.length] == remote.region[piece.remote :][: piece.length]).all()
+        told.append(piece)
+
+    peer.read(wanted, local, arrived)
+    assert told == [r for r in wanted if r.length]
+
+
+def test_large_ranges_are_told_of_in_pieces(
+    transport: Transport, make_pool: Callable[[int, int], SharedMemoryPool]
+) -> None:
+    pool = make_pool(1, 5 * PIECE_BYTES // 2)
+    peer = transport.connect(transport.register(pool.region).descriptor)
+    told: list[Range] = []
+    peer.read([Range(8, 0, pool.block_bytes - 8)], np.zeros(pool.block_bytes, dtype=np.uint8), told.append)
+    assert [r.length for r in told] == [PIECE_BYTES, PIECE_BYTES, PIECE_BYTES // 2 - 8]
+    assert [r.remote - 8 for r in told] == [r.local for r in told] == [0, PIECE_BYTES, 2 * PIECE_BYTES]
+
+
+def test_what_the_listener_raises_ends_the_read_and_not_the_peer(peer: Peer, remote: SharedMemoryPool) -> None:
+    def refuse(piece: Range) -> None:
+        raise KeyError("seen enough")
+
+    local = np.zeros(4 * BLOCK, dtype=np.uint8)
+    with pytest.raises(KeyError, match="seen enough"):
+        peer.read([Range(0, 0, BLOCK), Range(2 * BLOCK, BLOCK, BLOCK)], local, refuse)
+    peer.read([Range(0, 0, BLOCK)], local)
+    assert (local[:BLOCK] == remote.blocks[0]).all()
 
 
 def test_writes_arrive(peer: Peer, remote: SharedMemoryPool) -> None:
