@@ -60,6 +60,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         try:
             self._template = _environment().from_string(source)
+            self.source = source
             self._skeletons = Skeletons(source, special_tokens, _environment)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"the model's chat template is not valid Jinja: {error}", key="model") from error
