@@ -65,7 +65,7 @@ class StoreSide:
             self.planner,
             metrics,
             link=self.link,
-            peers=PeerStores(info.worker_id, pool, port.transports, tls, policy),
+            peers=PeerStores(info.worker_id, port, tls, policy),
             fingerprint=info.fingerprint,
             block_tokens=info.block_tokens,
             always=config.store_fetch == "always",

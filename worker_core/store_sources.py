@@ -8,17 +8,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from kvstore.handover.verify import DigestPolicy
 from kvstore.node.peer_client import PeerStoreClient
-from kvstore.transports.base import Transport
-from kvstore.transports.shm import SharedMemoryPool
 from pdserve.errors import PdserveError
 from pdserve.rpc import Channel, Tls
 from pdserve.wire.store import Found
+from worker_core.memory_port import MemoryPort
 from worker_core.store_link import PAUSE_S
 
 RENEWALS = 3
@@ -94,13 +93,10 @@ class _Peer:
 class PeerStores:
     """Sessions with other nodes' stores, made at the first use."""
 
-    def __init__(
-        self, worker_id: str, pool: SharedMemoryPool, transports: Mapping[str, Transport], tls: Tls | None,
-        policy: DigestPolicy,
-    ) -> None:  # fmt: skip
+    def __init__(self, worker_id: str, port: MemoryPort, tls: Tls | None, policy: DigestPolicy) -> None:
         self._worker_id = worker_id
-        self._pool = pool
-        self._transports = transports
+        self._port = port
+        self._pool = port.pool
         self._tls = tls
         self._policy = policy
         self._peers: dict[str, _Peer] = {}
@@ -141,8 +137,9 @@ class PeerStores:
                 peer.attaching = None
 
     async def _attach(self, peer: _Peer) -> PeerStoreClient:
+        self._port.refresh_tls()
         peer.client = await PeerStoreClient.attach(
-            peer.channel, self._worker_id, self._transports, block_bytes=self._pool.block_bytes
+            peer.channel, self._worker_id, self._port.transports, block_bytes=self._pool.block_bytes
         )
         return peer.client
 

@@ -12,6 +12,7 @@ from session_client import RouterSession
 from worker_pair import MODEL, running, until
 
 from kvstore.node.process import NodeStore
+from pdserve.rpc import Tls
 from pdserve.types import Phase, Request, Role, SamplingParams
 from pdserve.wire.session import RouterUpdate, Submission
 from worker_core.worker import EngineBuilder, Worker
@@ -66,7 +67,11 @@ async def running_node(
 
 @asynccontextmanager
 async def joined(
-    kvstore: NodeStore, workers: int = 1, build: EngineBuilder | None = None, **overrides: object
+    kvstore: NodeStore,
+    workers: int = 1,
+    build: EngineBuilder | None = None,
+    router_tls: Tls | None = None,
+    **overrides: object,
 ) -> AsyncIterator[Node]:
     """Workers that use a store."""
     node = Node(kvstore)
@@ -74,7 +79,7 @@ async def joined(
     async with AsyncExitStack() as stack:
         for _ in range(workers):
             worker = await stack.enter_async_context(running(Role.PREFILL, build, **overrides))
-            router = await RouterSession.open(worker.address)
+            router = await RouterSession.open(worker.address, tls=router_tls)
             stack.push_async_callback(router.close)
             await worker.store.link.attached.wait()
             node.workers.append(worker)

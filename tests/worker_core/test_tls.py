@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from session_client import PairRequest, RouterSession
+from store_tools import joined, store_of
 from worker_pair import expected, make_request, running
 
 from kvstore.handover.verify import PoolDescriptor
@@ -94,6 +95,23 @@ async def test_workers_hand_over_under_mutual_tls_and_strangers_get_nothing(tmp_
         plain.close()
         await prefill.close()
         await decode.close()
+
+
+async def test_stores_of_both_nodes_are_used_under_mutual_tls(tmp_path: Path) -> None:
+    authority = Authority.make(tmp_path / "ours", "pdserve")
+    config, router_tls = _config(authority.issue("node")), authority.issue("router")
+    tcp = {"transports": ["tcp"], **config}
+    async with (
+        store_of(**config) as far_store,
+        store_of(node_id="n2", **config) as near_store,
+        joined(far_store, 1, router_tls=router_tls, **config) as far,
+        joined(near_store, 1, router_tls=router_tls, **tcp) as near,
+    ):
+        request = make_request(length=300)
+        await far.run(0, request)
+        await far.stored(18)
+        answer = await near.run(0, request, prefix_store=far_store.address)
+        assert (answer.tokens, answer.fetched) == (expected(request), 288)
 
 
 async def test_certificates_that_were_renewed_in_place_are_taken_up_on_both_paths(tmp_path: Path) -> None:
