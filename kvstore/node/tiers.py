@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from kvstore.disk import DiskHealth, DiskState, DiskTier
 from kvstore.node.dram import DramStore
-from kvstore.node.entries import Entry, Hit, Name, Status, block_id
+from kvstore.node.entries import Entry, Hit, Name, Offer, Status, block_id
 from kvstore.node.events import EventLog
 from kvstore.types import BlockId, EventKind, StoreEvent, Tier
 from pdserve.errors import DiskError, QuotaExceeded
@@ -82,6 +82,8 @@ class Tiers:
         self._falling: list[Entry] = []
         self._rising: dict[Name, asyncio.Task[int]] = {}
         """First block of a promotion under way."""
+        self._writing: asyncio.Task[None] | None = None
+        """What brings victims down, while there are any."""
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def join(self, dram: DramStore, disk: DiskTier | None) -> None:
@@ -124,7 +126,7 @@ class Tiers:
 
     def _fall(self, entry: Entry, disk: DiskTier) -> None:
         if not self._falling:
-            self._spawn(self._write_down(disk))
+            self._writing = self._spawn(self._write_down(disk))
         self._falling.append(entry)
 
     async def _write_down(self, disk: DiskTier) -> None:
@@ -186,7 +188,7 @@ class Tiers:
 
     async def _read_up(self, disk: DiskTier, names: Sequence[Name], tenant: str) -> int:
         try:
-            offer = self._dram.reserve(names, tenant, DISK_CLIENT, extends=True)
+            offer = await self._room_for(names, tenant)
         except QuotaExceeded:
             return 0
         if not offer.reservation_id:
@@ -206,6 +208,17 @@ class Tiers:
         digests = await asyncio.to_thread(lambda: [self._dram.digest(slot) for slot in offer.slots[:done]])
         self._metrics.hit_blocks.labels("disk").inc(done)
         return self._dram.commit(offer.reservation_id, DISK_CLIENT, digests)
+
+    async def _room_for(self, names: Sequence[Name], tenant: str) -> Offer:
+        """A reservation for what is missing. Where the pool is full, its victims are on their way down: their slots
+        are worth a short wait. Raises `QuotaExceeded`."""
+        offer = self._dram.reserve(names, tenant, DISK_CLIENT, extends=True)
+        if Status.NO_ROOM not in offer.statuses or self._writing is None or self._writing.done():
+            return offer
+        if offer.reservation_id:
+            self._dram.abort(offer.reservation_id, DISK_CLIENT)
+        await asyncio.wait([self._writing])
+        return self._dram.reserve(names, tenant, DISK_CLIENT, extends=True)
 
     # ---- both ----
 

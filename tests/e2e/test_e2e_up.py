@@ -176,7 +176,7 @@ async def test_config_errors_name_the_key(arguments: tuple[str, ...], names: str
     assert not marked(mark)
 
 
-@pytest.mark.parametrize("arguments", [(), ("up",), ("parity",)])
+@pytest.mark.parametrize("arguments", [(), ("up",), ("parity",), ("chaos",), ("kv",)])
 async def test_help_fits_a_screen(arguments: tuple[str, ...]) -> None:
     async with pdserve(*arguments, "--help") as process:
         status, out, _ = await finished(process)
