@@ -107,11 +107,12 @@ class FakeWorker:
         update, self.link._pending = self.link._pending, RouterUpdate()
         for submission in update.submissions:
             self.handle, self.n = submission.handle, submission.request.params.n
-            self.holds, self.open, self.outputs = True, set(range(self.n)), None
+            self.holds, self.open, self.outputs, self.manifests = True, set(range(self.n)), None, []
             given = submission.request.output_token_ids
             self.base = len(given[0]) if given else 0
             self.index = dict.fromkeys(range(self.n), self.base)
         for relay in update.relays:
+            self.manifests += relay.manifests
             if relay.outputs:
                 self.outputs = relay.outputs
                 self.open -= {i for i, output in enumerate(relay.outputs) if output.finished}
@@ -257,6 +258,7 @@ ONE_STOPS_AT_DECODE = [("prefill", 0, 0), ("prefill", 1, 0), ("decode", 0, 1), (
 ONE_STOPS_AT_PREFILL = [("prefill", 0, 1), ("prefill", 1, 0), ("decode", 0, 0), ("decode", 1, 2)]
 
 
+REFUSED_AND_BOUND_ANEW = [("error", 1, 1), ("prefill", 0, 0), ("prefill", 1, 0), ("decode", 0, 2), ("decode", 1, 2)]
 LOST_AND_DONE_AGAIN = [("prefill", 0, 0), ("decode", 0, 0), ("error", 0, 1), ("prefill", 0, 0), ("decode", 0, 2)]
 
 
@@ -264,6 +266,7 @@ LOST_AND_DONE_AGAIN = [("prefill", 0, 0), ("decode", 0, 0), ("error", 0, 1), ("p
 @example(n=2, alone=False, stop=True, retries=0, events=ONE_STOPS_AT_PREFILL)
 @example(n=2, alone=True, stop=True, retries=0, events=ONE_STOPS_AT_DECODE[2:])
 @example(n=1, alone=False, stop=False, retries=2, events=LOST_AND_DONE_AGAIN)
+@example(n=2, alone=False, stop=False, retries=2, events=REFUSED_AND_BOUND_ANEW)
 @given(n=st.integers(1, 3), alone=st.booleans(), stop=st.booleans(), retries=st.sampled_from([0, 2]), events=EVENTS)
 @settings(max_examples=300, deadline=None)
 def test_whatever_happens_a_request_ends_once_and_leaves_nothing(n, alone, stop, retries, events):
@@ -290,6 +293,81 @@ def test_whatever_happens_a_request_ends_once_and_leaves_nothing(n, alone, stop,
         assert (own.num_seqs, own.num_prefill_tokens, own.num_context_tokens) == (0, 0, 0)
     for choice, count in house.client.tokens.items():
         assert count == house.active.choices[choice].num_tokens == len(house.active.choices[choice].token_ids)
+
+
+def house_without_decode(n=1):
+    """Its decode worker is lost, another one is there, and nobody has bound it yet."""
+    house = House(n, alone=False, stop=False, retries=1)
+    house.decode.lose()
+    house.decode = FakeWorker(Role.DECODE)
+    house.workers = (house.prefill, house.decode)
+    return house
+
+
+def announce(house):
+    announcement = Announcement(house.prefill.handle, b"t", (b"m",))
+    house.prefill.link._on_step(StepColumns([], [], (), [], announcements=[announcement]))
+
+
+def test_what_prefill_says_meanwhile_reaches_the_new_decode_worker():
+    async def go():
+        house = house_without_decode()
+        announce(house)
+        house.prefill_gives(0, PLAIN_TOKEN, None)
+        announce(house)
+        house.places.run()
+        house.read()
+        assert house.decode.manifests == [b"m", b"m"]
+        assert [output.token_ids for output in house.decode.outputs] == [(PLAIN_TOKEN,)]
+        announce(house)
+        house.read()
+        assert len(house.decode.manifests) == 3
+        house.decode_gives(0, PLAIN_TOKEN, FinishReason.LENGTH)
+        return house
+
+    house = asyncio.run(go())
+    assert house.client.done
+    assert house.client.error is None
+    assert house.client.tokens == {0: 2}
+    assert len(house.active.record.attempts) == 1
+
+
+def test_prefill_may_be_lost_while_a_decode_worker_is_looked_for():
+    async def go():
+        house = house_without_decode()
+        announce(house)
+        house.prefill.lose()
+        house.prefill = FakeWorker(Role.PREFILL)
+        house.workers = (house.prefill, house.decode)
+        house.places.run()
+        house.read()
+        assert house.decode.manifests == []  # those of the lost ticket are void
+        announce(house)
+        house.prefill_gives(0, PLAIN_TOKEN, None)
+        house.read()
+        assert house.decode.manifests == [b"m"]
+        house.decode_gives(0, PLAIN_TOKEN, FinishReason.LENGTH)
+        return house
+
+    house = asyncio.run(go())
+    assert house.client.error is None
+    assert [attempt.outcome for attempt in house.active.record.attempts] == ["worker_lost", "ok"]
+
+
+def test_once_something_was_handed_over_a_lost_decode_means_to_start_anew():
+    async def go():
+        house = House(1, alone=False, stop=False, retries=1)
+        announce(house)
+        house.read()
+        house.decode.lose()
+        assert not house.active.rebinding
+        assert not house.prefill.link.num_requests
+        house.decode = FakeWorker(Role.DECODE)
+        house.places.run()
+        return house
+
+    house = asyncio.run(go())
+    assert len(house.active.record.attempts) == 2
 
 
 def test_a_clock_that_was_put_off_does_not_fire_at_its_old_time():
