@@ -23,6 +23,10 @@ from router.session import Link
 
 SMOOTHING = 0.1
 """Of the latest interval in the mean time between two placements while requests wait."""
+PLAN_SHARE = 0.2
+"""Of the loop's time that planning the queue may take: a long queue is planned less often, not all the time."""
+MIN_PLAN_PAUSE_S = 0.001
+"""Finer than this the loop's timers are not."""
 FIRST_INTERVAL_S = 0.1
 """Assumed before any request had to wait."""
 
@@ -57,6 +61,7 @@ class Placer:
         self._waiting: dict[Ask, ActiveRequest] = {}
         self._asks: dict[ActiveRequest, Ask] = {}
         self._poked = False
+        self._next_plan_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._workers: list[Link] = []
         self._version = -1
@@ -238,9 +243,12 @@ class Placer:
 
     def _run(self) -> None:
         self._poked = False
+        began = time.monotonic()
         for decision in self._decide():
             self._carry_out(decision)
         self._arm()
+        now = time.monotonic()
+        self._next_plan_s = now + (now - began) * (1 / PLAN_SHARE - 1)
 
     def _carry_out(self, decision: Decision[Link]) -> None:
         active = self._waiting.pop(decision.ask)
@@ -278,8 +286,14 @@ class Placer:
         self._last_bound_s = now
 
     def _poke(self) -> None:
-        if self._waiting and not self._poked:
-            self._poked = True
+        """Have the queue planned soon: at the end of this tick, or when it is its turn again."""
+        if not self._waiting or self._poked:
+            return
+        self._poked = True
+        wait_s = self._next_plan_s - time.monotonic()
+        if wait_s > MIN_PLAN_PAUSE_S:
+            self._loop.call_later(wait_s, self._run)
+        else:
             self._loop.call_soon(self._run)
 
     def _arm(self) -> None:
@@ -287,7 +301,7 @@ class Placer:
             self._timer.cancel()
             self._timer = None
         if self._waiting and (at := self.policy.next_wakeup()) is not None:
-            self._timer = self._loop.call_at(at, self._run)
+            self._timer = self._loop.call_at(max(at, self._next_plan_s), self._poke)
 
     # ---- the audit ----
 

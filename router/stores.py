@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvstore.index.index import KVIndex
 from kvstore.node.follower import StoreFollower
 from pdserve.rpc import Channel, Tls
+
+BROKEN_RETRY_S = 5.0
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -38,7 +42,7 @@ class Stores:
         for address in wanted - self._followed.keys():
             channel = Channel(address, tls=self._tls)
             follower = StoreFollower(channel, self._index)
-            self._followed[address] = _Followed(follower, channel, asyncio.create_task(follower.run()))
+            self._followed[address] = _Followed(follower, channel, asyncio.create_task(_run(follower, address)))
 
     def node_at(self, address: str) -> str:
         """The name of the store at an address; empty: none, or it has not told yet."""
@@ -59,6 +63,16 @@ class Stores:
         task = asyncio.create_task(_end(followed))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+
+async def _run(follower: StoreFollower, address: str) -> None:
+    """A store whose events can't be understood is tried again; its entries lapse meanwhile."""
+    while True:
+        try:
+            await follower.run()
+        except Exception:
+            log.exception("following the store at %s broke", address)
+        await asyncio.sleep(BROKEN_RETRY_S)
 
 
 async def _end(followed: _Followed) -> None:
