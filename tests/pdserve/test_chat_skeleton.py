@@ -82,7 +82,7 @@ _messages = st.lists(
 
 
 @pytest.mark.parametrize("name", PURE)
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(messages=_messages, prompt=st.booleans())
 def test_a_skeleton_with_contents_is_what_rendering_gives(name: str, messages: list[dict], prompt: bool) -> None:
     template = ChatTemplate(PURE[name], TOKENS)
@@ -139,7 +139,7 @@ _turns = st.lists(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(turns=_turns, prompt=st.booleans())
 def test_tokens_of_a_chat_are_those_of_its_rendered_text(tokenizer: Tokenizer, turns: list, prompt: bool) -> None:
     messages = [{"role": role, "content": "".join(parts)} for role, parts in turns]

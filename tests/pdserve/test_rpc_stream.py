@@ -346,7 +346,7 @@ class _Events:
         self.told.append(reason)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.binary(max_size=40), max_size=6), st.data())
 def test_reads_may_cut_frames_anywhere(bodies: list[bytes], data: st.DataObject) -> None:
     encoder = hpack.Encoder()

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve.errors import Overloaded, WorkerLost
@@ -73,6 +73,7 @@ def test_errors_tell_when_to_come_back() -> None:
 _names = st.text(max_size=8) | st.sampled_from(["[]", '"[]', 'a"choices":[]'])
 
 
+@settings(deadline=None)
 @given(st.integers(0, 200), st.text(max_size=20), _names, _names, st.booleans())
 def test_chunks_put_together_from_bytes_are_those_of_their_types(
     index: int, text: str, id_: str, model: str, usage: bool
