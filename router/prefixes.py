@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 from kvstore.index.base import NodeReach
 from kvstore.index.index import KVIndex
@@ -42,6 +43,8 @@ class PrefixIndex:
             del self._links[link]
             link.on_cache = None
             self._caches.remove(link.info)
+            with suppress(KeyError):  # never audited
+                self._metrics.prefix_audit_ratio.remove(link.info.worker_id)
         for link in links:
             if link not in self._links:
                 cache = self._links[link] = self._caches.add(link.info)
