@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from operator import attrgetter
 
 from pdserve.errors import InvalidRequest, PdserveError, from_fields
 from pdserve.types import Grammar, GrammarKind, ModelInfo, ParallelRank, Role, SamplingParams
@@ -26,6 +27,8 @@ _SCALARS = (
     "ignore_eos",
     "logprobs",
 )
+_scalars = attrgetter(*_SCALARS)
+_SCALAR_DEFAULTS = _scalars(_DEFAULTS)
 assert set(_SCALARS) | {"logit_bias", "stop", "stop_token_ids", "grammar"} == {f.name for f in fields(SamplingParams)}
 
 
@@ -39,17 +42,19 @@ def decode_role(number: int) -> Role:
     return _ROLES_BACK[pb.Role.ValueType(number)]
 
 
-def encode_params(params: SamplingParams) -> pb.SamplingParams:
-    """Only what differs from the defaults is written."""
-    message = pb.SamplingParams()
-    for name in _SCALARS:
-        value = getattr(params, name)
-        if value != getattr(_DEFAULTS, name):
+def encode_params(params: SamplingParams, message: pb.SamplingParams | None = None) -> pb.SamplingParams:
+    """Into `message`, or a new one. Only what differs from the defaults is written."""
+    message = pb.SamplingParams() if message is None else message
+    message.SetInParent()
+    for name, value, default in zip(_SCALARS, _scalars(params), _SCALAR_DEFAULTS, strict=True):
+        if value != default:
             setattr(message, name, value)
     for token_id, bias in params.logit_bias:
         message.logit_bias[token_id] = bias
-    message.stop.extend(params.stop)
-    message.stop_token_ids.extend(params.stop_token_ids)
+    if params.stop:
+        message.stop.extend(params.stop)
+    if params.stop_token_ids:
+        message.stop_token_ids.extend(params.stop_token_ids)
     if params.grammar is not None:
         message.grammar.kind = pb.Grammar.Kind.ValueType(params.grammar.kind)
         message.grammar.source = params.grammar.source

@@ -22,7 +22,6 @@ from pdserve.types import (
     WorkerInfo,
 )
 from pdserve.v1 import worker_service_pb2 as pb
-from pdserve.v1.common_pb2 import TokenIds
 from pdserve.wire import PROTOCOL_MAX, PROTOCOL_MIN, Method
 from pdserve.wire.columns import pack_f32, pack_u32, unpack_f32, unpack_u32
 from pdserve.wire.common import (
@@ -40,6 +39,11 @@ from pdserve.wire.common import (
 
 KEY_BYTES = 16
 """Of a block key."""
+_PHASES = {phase: pb.Submission(phase=int(phase)).phase for phase in Phase}  # type: ignore[arg-type]
+_RARE = ("lora", "deterministic", "timeout_ms", "priority", "traceparent")
+"""Fields of a request that mostly have their defaults, which are the wire's."""
+_REASONS = {reason: pb.Finish(reason=int(reason)).reason for reason in FinishReason}  # type: ignore[arg-type]
+_REASONS_BACK = {int(reason): reason for reason in FinishReason}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +141,18 @@ class WorkerUpdate:
 
 
 def encode_router_update(update: RouterUpdate) -> bytes:
-    message = pb.RouterMessage(cancels=pack_u32(update.cancels), choice_cancels=pack_u32(update.choice_cancels))
+    message = pb.RouterMessage()
+    if update.cancels:
+        message.cancels = pack_u32(update.cancels)
+    if update.choice_cancels:
+        message.choice_cancels = pack_u32(update.choice_cancels)
     if update.hello is not None:
         message.hello.protocol_min = update.hello.protocol_min
         message.hello.protocol_max = update.hello.protocol_max
         message.hello.router_id = update.hello.router_id
         message.hello.incarnation = update.hello.incarnation
     for submission in update.submissions:
-        message.submissions.append(_encode_submission(submission))
+        _encode_submission(submission, message.submissions.add())
     for relay in update.relays:
         message.relays.append(_encode_relay(relay))
     return message.SerializeToString()
@@ -165,27 +173,26 @@ def decode_router_update(data: bytes) -> RouterUpdate:
     )
 
 
-def _encode_submission(submission: Submission) -> pb.Submission:
+def _encode_submission(submission: Submission, message: pb.Submission) -> None:
+    """Only what differs from the defaults is written: hot path, once a request and leg."""
     request = submission.request
     if request is None:
         raise ValueError("a submission without a request cannot be sent")
-    return pb.Submission(
-        handle=submission.handle,
-        request_id=request.request_id,
-        phase=pb.Submission(phase=int(submission.phase)).phase,  # type: ignore[arg-type]
-        model=request.model,
-        lora=request.lora,
-        prompt_token_ids=pack_u32(request.prompt_token_ids),
-        params=encode_params(request.params),
-        cache_root=request.cache_root,
-        block_keys=request.block_keys,
-        output_token_ids=[TokenIds(token_ids=pack_u32(ids)) for ids in request.output_token_ids],
-        deterministic=request.deterministic,
-        timeout_ms=request.timeout_ms,
-        priority=request.priority,
-        traceparent=request.traceparent,
-        prefix_store=submission.prefix_store,
-    )
+    message.handle = submission.handle
+    message.request_id = request.request_id
+    message.phase = _PHASES[submission.phase]
+    message.model = request.model
+    message.prompt_token_ids = pack_u32(request.prompt_token_ids)
+    encode_params(request.params, message.params)
+    message.cache_root = request.cache_root
+    message.block_keys = request.block_keys
+    for ids in request.output_token_ids:
+        message.output_token_ids.add(token_ids=pack_u32(ids))
+    for name in _RARE:
+        if value := getattr(request, name):
+            setattr(message, name, value)
+    if submission.prefix_store:
+        message.prefix_store = submission.prefix_store
 
 
 def _decode_submission(message: pb.Submission) -> Submission:
@@ -289,7 +296,7 @@ def _encode_columns(step: StepColumns) -> pb.Step:
 def _encode_finish(finish: Finish) -> pb.Finish:
     message = pb.Finish(
         handle=finish.handle,
-        reason=pb.Finish(reason=int(finish.reason)).reason,  # type: ignore[arg-type]
+        reason=_REASONS[finish.reason],
         num_output_tokens=finish.num_output_tokens,
         stop_token_id=finish.stop_token_id,
     )
@@ -362,7 +369,7 @@ def _decode_step(message: pb.Step) -> StepColumns:
 def _decode_finish(message: pb.Finish) -> Finish:
     return Finish(
         handle=message.handle,
-        reason=FinishReason(message.reason),
+        reason=_REASONS_BACK.get(message.reason) or FinishReason(message.reason),
         num_output_tokens=message.num_output_tokens,
         stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
         error=decode_error(message.error) if message.HasField("error") else None,

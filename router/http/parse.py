@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import msgspec
@@ -47,7 +48,14 @@ _SAMPLING = (
     "min_tokens",
     "ignore_eos",
 )
+Refused = tuple[tuple[str, tuple[Any, ...], str], ...]
+_refused_in_chat = attrgetter(*[name for name, _, _ in REFUSED_CHAT])
+_refused_in_completion = attrgetter(*[name for name, _, _ in REFUSED_COMPLETION])
+_sampling = attrgetter(*_SAMPLING)
+_constraints = attrgetter("response_format", "structured_outputs", "guided_json", "guided_regex")
+_NO_CONSTRAINTS = (None,) * 4
 _EMPTY_IN_MESSAGES = ("refusal", "annotations", "audio", "tool_calls", "function_call", "tool_call_id")
+_empty_in_messages = attrgetter(*_EMPTY_IN_MESSAGES)
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -83,7 +91,7 @@ class Call:
 def parse_chat(raw: bytes, head: RequestHead) -> Call:
     """The body of /v1/chat/completions. Raises `InvalidRequest` and `NotSupported`, naming the field."""
     body = _decode(raw, ChatBody)
-    _refuse(body, REFUSED_CHAT)
+    _refuse(body, REFUSED_CHAT, _refused_in_chat)
     messages = tuple(_message(m, f"messages[{i}]") for i, m in enumerate(body.messages))
     if not messages:
         raise InvalidRequest("messages must not be empty", param="messages")
@@ -95,7 +103,7 @@ def parse_chat(raw: bytes, head: RequestHead) -> Call:
 def parse_completion(raw: bytes, head: RequestHead, max_prompts: int) -> Call:
     """The body of /v1/completions. Raises `InvalidRequest` and `NotSupported`, naming the field."""
     body = _decode(raw, CompletionBody)
-    _refuse(body, REFUSED_COMPLETION)
+    _refuse(body, REFUSED_COMPLETION, _refused_in_completion)
     prompts = list(_prompts(body.prompt))
     if len(prompts) > max_prompts:
         raise InvalidRequest(f"prompt must hold at most {max_prompts} prompts", param="prompt")
@@ -167,9 +175,12 @@ def _field_fault(fault: str) -> InvalidRequest:
     return InvalidRequest(f"Invalid value for {param or 'the body'}: {what[:1].lower()}{what[1:]}", param=param)
 
 
-def _refuse(body: GenerationBody, refused: tuple[tuple[str, tuple[Any, ...], str], ...]) -> None:
-    for name, neutral, why in refused:
-        value = getattr(body, name)
+def _refuse(body: GenerationBody, refused: Refused, values: Callable[[Any], tuple[Any, ...]]) -> None:
+    """`values` reads the refused fields in one go: nearly always all are null."""
+    given = values(body)
+    if given.count(None) == len(given):
+        return
+    for (name, neutral, why), value in zip(refused, given, strict=True):
         if value is not None and value not in neutral:
             raise NotSupported(f"{name} is not supported with this value: {why}", param=name)
 
@@ -178,7 +189,7 @@ def _refuse(body: GenerationBody, refused: tuple[tuple[str, tuple[Any, ...], str
 
 
 def _params(body: GenerationBody, logprobs: int | None, max_tokens: int | None) -> SamplingParams:
-    given = {name: value for name in _SAMPLING if (value := getattr(body, name)) is not None}
+    given = {name: value for name, value in zip(_SAMPLING, _sampling(body), strict=True) if value is not None}
     try:
         return SamplingParams(
             logit_bias=_logit_bias(body.logit_bias),
@@ -247,6 +258,8 @@ def _logit_bias(bias: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
 
 
 def _grammar(body: GenerationBody) -> Grammar | None:
+    if _constraints(body) == _NO_CONSTRAINTS:
+        return None
     found = [grammar for grammar in _grammars(body) if grammar is not None]
     if len(found) > 1:
         raise InvalidRequest(
@@ -344,9 +357,9 @@ def _message(message: Message, where: str) -> ChatMessage:
     role = _ROLES.get(message.role)
     if role is None:
         raise _role_fault(message.role, f"{where}.role")
-    for name in _EMPTY_IN_MESSAGES:
-        if getattr(message, name):
-            raise NotSupported(f"{where}.{name} is not supported: only text is served", param=f"{where}.{name}")
+    if any(_empty_in_messages(message)):
+        name = next(name for name in _EMPTY_IN_MESSAGES if getattr(message, name))
+        raise NotSupported(f"{where}.{name} is not supported: only text is served", param=f"{where}.{name}")
     extra = (("name", message.name),) if message.name is not None else ()
     return ChatMessage(role, _content(message.content, f"{where}.content"), extra)
 
