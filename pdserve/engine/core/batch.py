@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pdserve.engine.core.sequences import Work
 
@@ -30,3 +30,11 @@ class Batch:
     @property
     def num_sampled_tokens(self) -> int:
         return sum(len(item.choices) for item in self.items)
+
+    def wanted_items(self) -> list[Work]:
+        """Without what has ended since it was scheduled."""
+        return [
+            replace(item, choices=tuple(choice for choice in item.choices if choice.alive))
+            for item in self.items
+            if item.seq.alive
+        ]

@@ -187,7 +187,7 @@ class LocalEngine(CacheFace):
         """Run the batch, but for what ended since it was scheduled."""
         self._in_flight = False
         result = StepResult()
-        items = self._still_wanted(batch.items) if self._ended_in_flight else batch.items
+        items = batch.wanted_items() if self._ended_in_flight else batch.items
         if items:
             self._postprocess(items, self._runner.run(items), result.output)
         result.output.finishes, self._finishes = self._finishes, []
@@ -195,14 +195,6 @@ class LocalEngine(CacheFace):
         result.num_prompt_tokens = batch.num_prompt_tokens
         self._news.flush(result)
         return result
-
-    @staticmethod
-    def _still_wanted(items: list[Work]) -> list[Work]:
-        return [
-            replace(item, choices=tuple(choice for choice in item.choices if choice.alive))
-            for item in items
-            if item.seq.alive
-        ]
 
     def _postprocess(self, items: list[Work], sampled: list[Sampled], output: StepOutput) -> None:
         results = iter(sampled)
