@@ -34,7 +34,9 @@ STORE = {"block_bytes": 30 * 2 * 3 * 16 * 64 * 4, "num_blocks": 256}
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def cluster() -> AsyncIterator[Cluster]:
-    async with run_cluster(ClusterSpec(engine="vllm", worker=WORKER, store=STORE, start_timeout_s=300.0)) as cluster:
+    router = {"disaggregate": "always"}
+    spec = ClusterSpec(engine="vllm", worker=WORKER, store=STORE, router=router, start_timeout_s=300.0)
+    async with run_cluster(spec) as cluster:
         yield cluster
 
 
