@@ -132,7 +132,7 @@ class ActiveRequest:
 
     def _as_it_stands(self) -> Request:
         """With what the client has already, and the time that is left."""
-        if not self.record.attempts:
+        if not self.record.attempts and not self.request.timeout_ms:
             return self.request
         request, now = self.request, self._around.clock()
         outputs = (tuple(self.choices[0].token_ids),) if self._num_given() else ()

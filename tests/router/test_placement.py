@@ -214,6 +214,22 @@ async def test_a_request_waits_no_longer_than_the_queue_allows(house, sink, inco
     assert (sinks[-1].error.leg, sinks[-1].error.work_done) == ("queue", False)
 
 
+async def test_a_worker_is_told_the_time_that_is_left(house, sink, incoming, wait_until):
+    await house.worker(Role.PREFILL, "p0", timing=SLOW_PREFILL)
+    await house.worker(Role.DECODE, "d0")
+    core = await house.core(placement=CONDUCTOR)
+    sinks = [sink() for _ in range(3)]
+    handles = [core.submit(incoming(f"{i}" * 300, max_tokens=2, timeout_ms=9000), got) for i, got in enumerate(sinks)]
+    assert handles[-1].waiting
+    await wait_until(lambda: not handles[-1].waiting)
+    waited_ms = 1000 * handles[-1].attempt.waited_s
+    assert waited_ms > 50
+    assert 0 < handles[-1]._submitted.timeout_ms <= 9000 - waited_ms + 1
+    for got in sinks:
+        await got.result()
+        assert got.error is None
+
+
 async def test_those_that_wait_are_told_when_the_last_worker_goes(house, sink, incoming):
     lost = await house.worker(Role.PREFILL, "p0", timing=STUCK)
     await house.worker(Role.DECODE, "d0")
