@@ -128,10 +128,11 @@ class Fetcher:
         fetch = Fetch(job, keys)
         self._fetches[job.key] = fetch
         fetch.task = asyncio.create_task(self._run(fetch, peer))
+        fetch.task.add_done_callback(partial(self._ended, fetch))  # also of one that is cancelled before it begins
         return True
 
     def _may_ask(self, address: str) -> bool:
-        own = self._link is not None and address == self._link.address
+        own = self._link is not None and address in self._link.addresses
         return bool(address) and not own and self._peers.available(address)
 
     def drop(self, job: Job) -> None:
@@ -165,10 +166,12 @@ class Fetcher:
         except Exception as error:
             log.error("a fetch failed", exc_info=error)
             self._metrics.store_recomputes.labels("internal_error").inc()
-        finally:
-            del self._fetches[fetch.job.key]
-            if not fetch.submitted and not fetch.dropped:
-                self._submit(fetch.job)
+
+    def _ended(self, fetch: Fetch, task: asyncio.Task[None]) -> None:
+        """Nothing writes for it any more."""
+        del self._fetches[fetch.job.key]
+        if not fetch.submitted and not fetch.dropped:
+            self._submit(fetch.job)
 
     def _recompute(self, error: PdserveError) -> None:
         log.info("a prompt is computed, not fetched: %s", error.message, extra={"reason": error.reason})

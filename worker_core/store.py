@@ -56,7 +56,7 @@ class StoreSide:
         self.link: StoreLink | None = None
         self.publisher: Publisher | None = None
         if config.store and self._caches:
-            self.link = StoreLink(config.store, info.worker_id, pool.block_bytes, pool.name, metrics, tls)
+            self.link = StoreLink(config.store, info, pool, metrics, tls)
             self.publisher = Publisher(self.link, thread, pool, info.fingerprint, metrics, config.store_backlog_blocks)
         self.fetcher = Fetcher(
             thread,

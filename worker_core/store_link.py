@@ -11,9 +11,11 @@ import logging
 import time
 
 from kvstore.node.client import StoreClient
+from kvstore.transports.shm import SharedMemoryPool
 from pdserve.errors import PdserveError
 from pdserve.metrics import WorkerMetrics
 from pdserve.rpc import Channel, Tls
+from pdserve.types import WorkerInfo
 
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 5.0
@@ -24,16 +26,15 @@ log = logging.getLogger("pdserve.worker")
 
 
 class StoreLink:
-    """`start` it once the engine's pool exists. `address`: host:port."""
+    """`start` it once the engine's pool exists. `address`: host:port, as this worker dials it."""
 
     def __init__(
-        self, address: str, worker_id: str, block_bytes: int, alive_segment: str, metrics: WorkerMetrics,
-        tls: Tls | None,
-    ) -> None:  # fmt: skip
+        self, address: str, info: WorkerInfo, pool: SharedMemoryPool, metrics: WorkerMetrics, tls: Tls | None
+    ) -> None:
         self.address = address
-        self._worker_id = worker_id
-        self._block_bytes = block_bytes
-        self._alive_segment = alive_segment
+        self.addresses = frozenset((address, info.store_address))
+        self._worker_id = info.worker_id
+        self._pool = pool
         self._metrics = metrics
         self._channel = Channel(address, tls=tls)
         self._client: StoreClient | None = None
@@ -65,7 +66,7 @@ class StoreLink:
         while True:
             try:
                 client = await StoreClient.attach(
-                    self._channel, self._worker_id, block_bytes=self._block_bytes, alive_segment=self._alive_segment
+                    self._channel, self._worker_id, block_bytes=self._pool.block_bytes, alive_segment=self._pool.name
                 )
                 retry_s = FIRST_RETRY_S
                 await self._hold(client)

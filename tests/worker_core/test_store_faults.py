@@ -153,6 +153,21 @@ async def test_a_cancel_stops_the_read_and_frees_everything(phase: Phase) -> Non
         assert (again.tokens, again.fetched) == (expected(request), 39 * 16)
 
 
+async def test_a_cancel_that_comes_with_its_submission_leaves_nothing_behind() -> None:
+    async with a_known_prompt() as (node, request):
+        worker, router = node.workers[1], node.routers[1]
+        reply = router.expect(1)
+        submission = Submission(reply.handle, Phase.PREFILL, request)
+        router.send(RouterUpdate(submissions=[submission], cancels=[reply.handle]))
+        await run(router, make_request("between", length=20))
+        assert not len(worker.store.fetcher)
+        router.send(RouterUpdate(submissions=[submission]))
+        await reply.until(lambda: reply.prompt is not None)
+        assert reply.prompt.num_fetched_tokens == 39 * 16, "the handle can be used again"
+        router.cancel(reply)
+        await until_free(worker)
+
+
 async def test_a_deadline_that_passes_while_blocks_are_fetched_ends_the_request() -> None:
     async with a_known_prompt() as (node, _):
         gate = reads(node.workers[1])
