@@ -252,8 +252,10 @@ class Fetcher:
     @asynccontextmanager
     async def _in_turn(self, key: bytes) -> AsyncIterator[None]:
         """Prompts that begin alike often come together: the first one reads, the others find it in the engine."""
-        while (leader := self._leaders.get(key)) is not None:
+        if (leader := self._leaders.get(key)) is not None:
             await leader.wait()
+            yield  # all at once: what it could not bring need not be waited for one after the other
+            return
         self._leaders[key] = asyncio.Event()
         try:
             yield
