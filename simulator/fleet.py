@@ -40,7 +40,8 @@ class FleetSpec:
     num_decode: int
     timing: TimingModel
     policy: str = "conductor"
-    rules: ConductorRules = field(default_factory=ConductorRules)
+    rules: ConductorRules = field(default_factory=lambda: ConductorRules(lead_s=0.0))
+    """No round trip here: an ask is bound when its worker is free."""
     seed: int = 0
     num_blocks: int = 2000
     block_tokens: int = BLOCK_TOKENS

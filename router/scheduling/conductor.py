@@ -25,9 +25,6 @@ from router.scheduling.filters import FitsPool, HasBlockSize, HasRole, NotDraini
 from router.scheduling.scheduler import no_worker, refusal
 from router.scheduling.stations import EXPECTED_OUTPUT_TOKENS, Station, context_tokens
 
-LEAD_S = 0.005
-"""An ask is bound this long before its worker is predicted to be free: a round trip, so that the worker never waits for
-the router."""
 TICK_S = 0.001
 """Nothing is looked at again sooner than this on a prediction alone."""
 PLAN_DEPTH = 64
@@ -42,15 +39,25 @@ GAIN_WEIGHT = 0.05
 
 @dataclass(frozen=True, slots=True)
 class ConductorRules:
-    """What may be tuned. `alone_tokens`: an uncached suffix of at most so many tokens may run on a decode worker alone.
-    `degrade_ratio`: a pair must not be predicted slower than this many times a decode worker alone."""
+    """What may be tuned."""
 
+    lead_s: float = 0.005
+    """An ask is bound this long before its worker is predicted to be free: a round trip, so that the worker never waits
+    for the router. 0: only when it is free."""
     load_bound: float = 1.25
+    """Times the mean of what the workers of a pool were given to compute lately: who had more gets nothing as long as
+    another one can begin as soon."""
     load_half_life_s: float = 60.0
+    load_slack_tokens: int = 8192
+    """On top of the bound: one long prompt more than the others is no imbalance."""
     alone_tokens: int = 256
-    degrade_ratio: float = 2.0
+    """An uncached suffix of at most so many tokens may run on a decode worker alone: a hand-over costs more."""
     patience_s: float = 1.5
+    degrade_ratio: float = 2.0
+    """Where a pair's first token is predicted later than `patience_s`, and than so many times that of a decode worker
+    alone, the decode worker does it, at the cost of its batch's next tokens."""
     alone_without_prefill: bool = True
+    """With no prefill worker at all decode workers do everything, rather than refuse it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +137,14 @@ class Conductor(Desk[WorkerT]):
             return self._without_prefill(ask, now)
         options = [self._option(ask, station, now, held) for station in pool]
         options, notes = self._bounded(options, now)
-        best = min(options, key=_finish)
+        best = min(options, key=lambda option: (option.finish_s, option.station.recent_tokens))
         alone = self._alone_pays(ask, best, now)
         if alone is not None:
             return alone
-        if best.wait_s > LEAD_S + TICK_S:
+        if best.wait_s > self.rules.lead_s + TICK_S / 2:
             name = best.station.info.worker_id
             held[name] = held.get(name, 0.0) + best.fetch_s + best.prefill_s
-            at = now + max(best.wait_s - LEAD_S, TICK_S)
+            at = now + max(best.wait_s - self.rules.lead_s, TICK_S)
             self._wakeup = at if self._wakeup is None else min(self._wakeup, at)
             return None
         return self._bind(ask, best, options, notes, now)
@@ -182,9 +189,9 @@ class Conductor(Desk[WorkerT]):
         if len(options) < 2:
             return options, ()
         loads = [option.station.recent(now) for option in options]
-        limit = self.rules.load_bound * sum(loads) / len(loads)
+        limit = self.rules.load_bound * sum(loads) / len(loads) + self.rules.load_slack_tokens
         within = [option for option, load in zip(options, loads, strict=True) if load <= limit]
-        if not within or min(o.wait_s for o in within) > max(LEAD_S, min(o.wait_s for o in options)):
+        if not within or min(o.wait_s for o in within) > max(self.rules.lead_s, min(o.wait_s for o in options)):
             return options, ()
         notes = tuple(f"load_bound={o.station.info.worker_id}" for o in options if o not in within)
         return within, notes

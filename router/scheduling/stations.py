@@ -16,7 +16,10 @@ EXPECTED_OUTPUT_TOKENS = 256
 """Context that a choice is counted with beside its prompt, when `max_tokens` allows that much: clients seldom say how
 much they will really get, so a larger bound tells placement nothing."""
 OVERDUE_SHARE = 0.1
-"""Of its predicted time that a prefill is still given when that time is over: soon, but not at once."""
+"""Of the time by which a prefill is over its prediction, that it is still given: soon, but a worker that hangs looks
+worse and worse."""
+MIN_WAIT_S = 0.001
+"""A worker with a prompt under way is never taken for free."""
 
 
 @dataclass(slots=True, eq=False)
@@ -72,8 +75,9 @@ class Station(Generic[WorkerT]):
         if self._jobs:
             head = next(iter(self._jobs.values()))
             pace = self.prefill_pace.factor
-            left = max(head.work_s * pace - (now - self._since), OVERDUE_SHARE * head.work_s * pace)
-            wait = left + max(self._work_s - head.work_s, 0.0) * pace
+            left = head.work_s * pace - (now - self._since)
+            rest = max(self._work_s - head.work_s, 0.0) * pace
+            wait = max((left if left > 0 else -OVERDUE_SHARE * left) + rest, MIN_WAIT_S)
         foreign = self.foreign.num_prefill_tokens
         return wait + self.predictor.prefill_s(foreign, 0) * self.prefill_pace.factor if foreign else wait
 
