@@ -23,7 +23,7 @@ from kvstore.handover.verify import DigestPolicy
 from kvstore.transports.shm import SharedMemoryPool
 from pdserve.block_keys import KEY_BYTES, block_keys, next_key
 from pdserve.engine.base import ImportTarget
-from pdserve.errors import DeadlineExceeded, PdserveError
+from pdserve.errors import DeadlineExceeded, HandoverError, PdserveError
 from pdserve.metrics import WorkerMetrics
 from pdserve.types import Request
 from pdserve.wire.store import Found
@@ -342,6 +342,9 @@ def _read_all(
             find.read(first + done, part, should_stop)
         except PdserveError as error:
             return done, error
+        except Exception as error:
+            log.error("a read failed", exc_info=error)
+            return done, HandoverError(f"the read failed: {type(error).__name__}: {error}")
         done += len(part)
     return done, None
 

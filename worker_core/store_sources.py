@@ -14,7 +14,8 @@ from typing import Protocol
 
 from kvstore.handover.verify import DigestPolicy
 from kvstore.node.peer_client import PeerStoreClient
-from pdserve.errors import PdserveError
+from kvstore.transports.registry import SAME_HOST_ONLY
+from pdserve.errors import HandoverError, PdserveError
 from pdserve.rpc import Channel, Tls
 from pdserve.wire.store import Found
 from worker_core.memory_port import MemoryPort
@@ -91,7 +92,8 @@ class _Peer:
 
 
 class PeerStores:
-    """Sessions with other nodes' stores, made at the first use."""
+    """Sessions with other nodes' stores, made at the first use. `policy` is for those that share memory; what came
+    over a wire has every digest checked."""
 
     def __init__(self, worker_id: str, port: MemoryPort, tls: Tls | None, policy: DigestPolicy) -> None:
         self._worker_id = worker_id
@@ -115,14 +117,19 @@ class PeerStores:
         """Raises a `PdserveError`."""
         client = await self._client(address)
         found = await client.lookup(keys, fingerprint)
+        if not len(found.slots) == len(found.generations) == len(found.digests) <= len(keys):
+            raise HandoverError("the peer's store answered with columns that do not fit the prompt")
+        policy = self._policy if client.transport in SAME_HOST_ONLY else DigestPolicy()
 
         def read(part: Found, blocks: Sequence[int], should_stop: Callable[[], bool]) -> None:
-            client.read(part, self._pool, blocks, self._policy, should_stop)
+            client.read(part, self._pool, blocks, policy, should_stop)
 
         return Find("peer", address, found, client, read, client.attached.lease_ms / 1000)
 
     async def _client(self, address: str) -> PeerStoreClient:
-        peer = self._peers.setdefault(address, _Peer(Channel(address, tls=self._tls)))
+        peer = self._peers.get(address)
+        if peer is None:
+            peer = self._peers[address] = _Peer(Channel(address, tls=self._tls))
         if peer.client is not None and not peer.client.lost.done():
             return peer.client
         if peer.client is not None:

@@ -15,7 +15,7 @@ from kvstore.transports.registry import select
 from kvstore.transports.segment import host_id
 from kvstore.transports.shm import SharedMemoryPool
 from pdserve.engine.base import ImportTarget
-from pdserve.errors import HandoverError, WorkerLost
+from pdserve.errors import WorkerLost
 from pdserve.rpc import Channel
 from pdserve.types import KVManifest
 from pdserve.wire import store as wire
@@ -24,16 +24,18 @@ CALL_TIMEOUT_S = 5.0
 
 
 class PeerStoreClient:
-    """Made by `attach`. `lost` is done when the session has ended."""
+    """Made by `attach`. `lost` is done when the session has ended; `transport` is what its bytes come by."""
 
     def __init__(
         self, channel: Channel, attached: wire.Attached, stream: AsyncGenerator[wire.Attached, None], peer: Peer,
         memory: PoolDescriptor,
+        transport: str,
     ) -> None:  # fmt: skip
         self._channel = channel
         self.attached = attached
         self._peer = peer
         self._memory = memory
+        self.transport = transport
         self.lost = asyncio.get_running_loop().create_task(_until_end(stream))
 
     @classmethod
@@ -57,7 +59,7 @@ class PeerStoreClient:
         except BaseException:
             await stream.aclose()
             raise
-        return cls(channel, attached, stream, peer, memory)
+        return cls(channel, attached, stream, peer, memory, name)
 
     async def close(self) -> None:
         """End the session; reads under way raise `PeerLost`."""
@@ -89,8 +91,6 @@ class PeerStoreClient:
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Fill `blocks` of `into` with what was found. Blocks the calling thread; raises as `pull_blocks` does."""
-        if len(found.digests) != len(found.slots):
-            raise HandoverError("the peer's store gave columns of unequal length")
         manifest = KVManifest(0, 0, 0, found.slots, found.generations, found.digests, final=True)
         pull_blocks(self._peer, self._memory, manifest, into, ImportTarget(tuple(blocks)), policy, should_stop)
 

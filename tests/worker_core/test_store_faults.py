@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from session_client import Reply, RouterSession
@@ -97,6 +98,54 @@ async def test_a_corrupt_block_is_found_and_computed(index: int) -> None:
 async def test_a_corrupt_block_of_a_peers_store_is_found_too() -> None:
     async with a_known_prompt() as (far, request), running_node(workers=1) as near:
         far.store.parts.pool.blocks[slot_of(far, 5)][3] ^= 128
+        answer = await near.run(0, request, prefix_store=far.store.address)
+        assert (answer.tokens, answer.fetched) == (expected(request), 0)
+        await until_free(*near.workers)
+
+
+@pytest.mark.parametrize("column", ["slots", "generations", "digests"])
+async def test_a_peer_that_answers_garbage_is_not_believed(column: str) -> None:
+    async with a_known_prompt() as (far, request), running_node(workers=1) as near:
+        await near.run(0, make_request("x", length=40), prefix_store=far.store.address)
+        (peer,) = near.workers[0].store.fetcher._peers._peers.values()
+        real = peer.client.lookup
+
+        async def lookup(keys: list[bytes], fingerprint: bytes) -> object:
+            found = await real(keys, fingerprint)
+            return replace(found, **{column: getattr(found, column) * 2})
+
+        peer.client.lookup = lookup
+        answer = await near.run(0, request, prefix_store=far.store.address)
+        assert (answer.tokens, answer.fetched) == (expected(request), 0)
+        assert metric(near.workers[0], "pdserve_store_recomputes_total", reason="handover_failed") == 1
+        await until_free(*near.workers)
+
+
+async def test_a_read_that_breaks_in_an_unforeseen_way_costs_only_the_fetch() -> None:
+    async with a_known_prompt() as (node, request):
+        client = node.workers[1].store.link.client
+        assert client is not None
+
+        def read(*arguments: object) -> None:
+            raise IndexError("no such row")
+
+        client.read = read
+        answer = await node.run(1, request)
+        assert (answer.tokens, answer.fetched) == (expected(request), 0)
+        await until_free(*node.workers)
+
+
+async def test_slots_beyond_the_peers_pool_are_not_read() -> None:
+    async with a_known_prompt() as (far, request), running_node(workers=1, transports=["tcp"]) as near:
+        await near.run(0, make_request("x", length=40), prefix_store=far.store.address)
+        (peer,) = near.workers[0].store.fetcher._peers._peers.values()
+        real = peer.client.lookup
+
+        async def lookup(keys: list[bytes], fingerprint: bytes) -> object:
+            found = await real(keys, fingerprint)
+            return replace(found, slots=tuple(slot + 10**6 for slot in found.slots))
+
+        peer.client.lookup = lookup
         answer = await near.run(0, request, prefix_store=far.store.address)
         assert (answer.tokens, answer.fetched) == (expected(request), 0)
         await until_free(*near.workers)
