@@ -58,13 +58,18 @@ class ChatTemplate:
     """A compiled template. `special_tokens` are its `bos_token`, `eos_token` and so on."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self.source = source
+        self._special_tokens = dict(special_tokens)
         try:
             self._template = _environment().from_string(source)
-            self.source = source
             self._skeletons = Skeletons(source, special_tokens, _environment)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"the model's chat template is not valid Jinja: {error}", key="model") from error
         self._always = {**self._template.globals, **special_tokens}
+
+    def twin(self) -> ChatTemplate:
+        """The same one, for another thread."""
+        return ChatTemplate(self.source, self._special_tokens)
 
     def skeleton(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> Skeleton | None:
         """What `render` would write, with places for the contents; None where only rendering can tell."""

@@ -50,6 +50,10 @@ class Tokenizer:
         self._segments = segment_encoder(backend)
         self._adds_special = backend.num_special_tokens_to_add(False) > 0
 
+    def twin(self) -> Tokenizer:
+        """The same one for another thread: what it remembers is its own."""
+        return Tokenizer(self.backend, self.chat_template and self.chat_template.twin())
+
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """From a folder with `tokenizer.json`, or from a GGUF. Raises `ConfigError` (key "model")."""

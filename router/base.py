@@ -7,6 +7,7 @@ calls (no task per request or chunk), must not block and must not raise.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -44,6 +45,8 @@ class Incoming:
     traceparent: str = ""
     session: str = ""
     """The client's name for its conversation, for the policy `session`."""
+    arrived_s: float | None = None
+    """On `time.monotonic`; None: now. Set by `Core.prepare`, so that its time counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,11 @@ class Handle(Protocol):
 class Core(Protocol):
     """What a face may ask of the router."""
 
+    def prepare(self, incoming: Incoming) -> asyncio.Future[Incoming] | None:
+        """None: submit it as it is. For a long prompt what is to be submitted in its place, once it has been tokenised
+        off the event loop; that may raise a `PdserveError`. Raises `Overloaded` when too many wait for it."""
+        ...
+
     def submit(self, incoming: Incoming, sink: Sink) -> Handle:
         """Tokenise, admit, place and send. Raises a `PdserveError` for what is known at once (a field, an unknown
         model, no worker, overload); later failures go to the sink. Never calls the sink before it returns."""
@@ -116,3 +124,9 @@ class Core(Protocol):
         """What shaped the answer of a request, by field of `router.catalog.Record`, or shapes it: then `outcome` is
         empty. None: not (or no longer) known. Neither prompt nor output is in it."""
         ...
+
+
+async def prepared(core: Core, incoming: Incoming) -> Incoming:
+    """What is to be submitted, waited for."""
+    later = core.prepare(incoming)
+    return incoming if later is None else await later

@@ -86,8 +86,12 @@ class RouterCore:
 
     # ---- Core ----
 
+    def prepare(self, incoming: Incoming) -> asyncio.Future[Incoming] | None:
+        served = self._by_name.get(incoming.model)
+        return None if served is None else served.prompts.prepare(incoming, self.loop)
+
     def submit(self, incoming: Incoming, sink: Sink) -> ActiveRequest:
-        arrived = time.monotonic()
+        arrived = time.monotonic() if incoming.arrived_s is None else incoming.arrived_s
         served = self._by_name.get(incoming.model)
         try:
             if served is None:
@@ -135,6 +139,7 @@ class RouterCore:
         self._ticking.cancel()
         for served in self.served:
             served.placer.close()
+            served.prompts.close()
 
     # ---- a request's beginning ----
 

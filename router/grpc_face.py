@@ -19,7 +19,7 @@ from pdserve.wire.inference import (
     TokenLogprob,
     TokenUsage,
 )
-from router.base import ChatMessage, Core, Incoming
+from router.base import ChatMessage, Core, Incoming, prepared
 from router.grpc_sink import Batch, BatchSink, Delta
 
 
@@ -50,7 +50,7 @@ class InferenceFace:
 
     async def generate(self, call: GenerateCall, context: Any) -> AsyncIterator[GenerateChunk]:
         """While the client doesn't read, the transport holds the handler up and output gathers in the sink."""
-        incoming = _incoming(call, remaining_ms(context), traceparent(context))
+        incoming = await prepared(self._core, _incoming(call, remaining_ms(context), traceparent(context)))
         sink = BatchSink(self._max_unsent_bytes)
         handle = sink.handle = self._core.submit(incoming, sink)
         context.add_done_callback(lambda _: handle.cancel())

@@ -33,7 +33,7 @@ from pdserve.wire.oip import (
     TensorSpec,
     UnreadableCall,
 )
-from router.base import Core, Usage
+from router.base import Core, Usage, prepared
 from router.grpc_sink import Batch, BatchSink, Delta
 from router.oip_params import InferRequest, read_call
 
@@ -104,7 +104,7 @@ class OpenInferenceFace:
         request = self._read(call)
         if request.stream:
             raise InvalidRequest("streaming needs ModelStreamInfer; ModelInfer answers once", param="streaming")
-        sink = self._submit(request, None)
+        sink = await self._submit(request, None)
         try:
             return _answer(call, await sink.rest(), final=False)
         finally:
@@ -117,9 +117,10 @@ class OpenInferenceFace:
             )
         return read_call(call, timeout_ms=0)
 
-    def _submit(self, request: InferRequest, max_unsent_bytes: int | None) -> BatchSink:
+    async def _submit(self, request: InferRequest, max_unsent_bytes: int | None) -> BatchSink:
         sink = BatchSink(max_unsent_bytes)
-        sink.handle = self._core.submit(request.incoming, sink)
+        incoming = await prepared(self._core, request.incoming)
+        sink.handle = self._core.submit(incoming, sink)
         return sink
 
     # ---- a stream ----
@@ -150,7 +151,7 @@ class OpenInferenceFace:
 
     async def _run(self, session: _StreamSession, call: InferCall) -> None:
         request = self._read(call)
-        sink = self._submit(request, self._max_unsent_bytes if request.stream else None)
+        sink = await self._submit(request, self._max_unsent_bytes if request.stream else None)
         try:
             if request.stream:
                 while (batch := await sink.next()) is not None:

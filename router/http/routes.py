@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from functools import partial
+from typing import Any
 from urllib.parse import unquote
 
 import msgspec
 
 from pdserve.errors import InvalidRequest, MethodNotAllowed, ModelNotFound, NotFound, NotSupported, PdserveError
 from pdserve.types import ModelInfo
-from router.base import Core
+from router.base import Core, Incoming
 from router.http.exchange import Exchange
 from router.http.limits import HttpLimits
 from router.http.openapi import openapi_document
@@ -64,11 +67,8 @@ class Routes:
         """Answer, now or later. A fault of ours costs this request a 500, and no other anything."""
         try:
             self._handler(exchange)(exchange)
-        except PdserveError as error:
-            exchange.reply_error(error)
-        except Exception:
-            log.exception("request %s failed inside the HTTP face", exchange.request_id)
-            exchange.reply_error(PdserveError("Internal error; the server's log has it under this request's id"))
+        except Exception as error:  # noqa: BLE001 - the client gets what it may know of it
+            self._answer_fault(exchange, error)
 
     def _handler(self, exchange: Exchange) -> Handler:
         path, method = exchange.path, exchange.method
@@ -96,6 +96,29 @@ class Routes:
 
     def _generate(self, exchange: Exchange, call: Call, shape: Shape) -> None:
         exchange.body = b""
+        later = [self._core.prepare(incoming) for incoming in call.prompts]
+        if later.count(None) == len(later):
+            self._begin(exchange, call, shape)
+        else:
+            exchange.responder = _Preparing(exchange, self._prepare(exchange, call, shape, later))
+
+    async def _prepare(
+        self, exchange: Exchange, call: Call, shape: Shape, later: list[asyncio.Future[Incoming] | None]
+    ) -> None:
+        """Long prompts are tokenised off the loop; then all goes on as usual."""
+        try:
+            prompts = [now if soon is None else await soon for now, soon in zip(call.prompts, later, strict=True)]
+            self._begin(exchange, replace(call, prompts=tuple(prompts)), shape)
+        except Exception as error:  # noqa: BLE001 - answered as one from `dispatch` is
+            self._answer_fault(exchange, error)
+
+    def _answer_fault(self, exchange: Exchange, error: Exception) -> None:
+        if not isinstance(error, PdserveError):
+            log.error("request %s failed inside the HTTP face", exchange.request_id, exc_info=error)
+            error = PdserveError("Internal error; the server's log has it under this request's id")
+        exchange.reply_error(error)
+
+    def _begin(self, exchange: Exchange, call: Call, shape: Shape) -> None:
         kind = StreamReply if call.stream else WholeReply
         reply = kind(exchange, shape, len(call.prompts), call.params.n)
         try:
@@ -184,6 +207,21 @@ class Routes:
 
     def _openapi_page(self, exchange: Exchange) -> None:
         exchange.reply(200, self._openapi)
+
+
+class _Preparing:
+    """A `Responder` while long prompts are tokenised."""
+
+    def __init__(self, exchange: Exchange, work: Coroutine[Any, Any, None]) -> None:
+        self._exchange = exchange
+        self._task = asyncio.get_running_loop().create_task(work)
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+    def fail(self, error: PdserveError) -> None:
+        self._task.cancel()
+        self._exchange.reply_error(error)
 
 
 def _refuse_method(exchange: Exchange, allow: str) -> None:

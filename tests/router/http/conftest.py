@@ -59,6 +59,7 @@ class TwinCore:
         self.handles: list[TwinHandle] = []
         self.not_ready: str | None = None
         self._arrival = asyncio.Event()
+        self.preparing: list[tuple[asyncio.Future[Incoming], Incoming]] = []
 
     async def handle(self, number: int = 0) -> TwinHandle:
         """The handle of the request with this number, once it is there."""
@@ -66,6 +67,23 @@ class TwinCore:
             self._arrival.clear()
             await self._arrival.wait()
         return self.handles[number]
+
+    def prepare(self, incoming: Incoming) -> asyncio.Future[Incoming] | None:
+        """A prompt that begins with "long:" is tokenised when the test says so, to the bytes of what follows."""
+        text = self._prompt(incoming)
+        if not text.startswith("long:"):
+            return None
+        future: asyncio.Future[Incoming] = asyncio.get_running_loop().create_future()
+        self.preparing.append((future, incoming))
+        self._arrival.set()
+        return future
+
+    async def prepared(self) -> tuple[asyncio.Future[Incoming], Incoming]:
+        """The oldest long prompt that waits, once there is one."""
+        while not self.preparing:
+            self._arrival.clear()
+            await self._arrival.wait()
+        return self.preparing.pop(0)
 
     def submit(self, incoming: Incoming, sink: Sink) -> TwinHandle:
         if incoming.model != MODEL.name:
