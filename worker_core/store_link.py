@@ -73,6 +73,8 @@ class StoreLink:
             except PdserveError as error:
                 level = logging.DEBUG if retry_s > FIRST_RETRY_S else logging.WARNING
                 log.log(level, "no KV store: %s", error.message, extra={"reason": error.reason, "store": self.address})
+            except Exception as error:
+                log.error("attaching to the KV store failed", exc_info=error)  # and is tried again
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, LAST_RETRY_S)
 
