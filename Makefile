@@ -4,7 +4,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 SETUP = $(VENV)/.ready
 
-.PHONY: setup up test lint proto docs test-wheel test-vllm transports test-transports parity-slice parity-full chaos-slice chaos-long bench-peers bench-smoke test-kube test-node
+.PHONY: setup up test lint proto docs test-wheel test-vllm transports test-transports parity-slice parity-full chaos-slice chaos-long bench-peers bench-placement bench-smoke test-kube test-node
 
 setup: $(SETUP)
 
@@ -52,6 +52,9 @@ chaos-slice: $(SETUP)
 
 chaos-long: $(SETUP)
 	$(PY) -m pdserve_cli chaos --kills 500 --corrupt 100 --json
+
+bench-placement: $(SETUP)
+	bash deploy/bench-placement.sh "$(PYTHON)"
 
 bench-smoke: $(SETUP) bench-peers
 	$(PY) benchmarks/engine.py --quick --json
