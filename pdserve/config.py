@@ -235,9 +235,9 @@ class KvstoreConfig(Config, frozen=True):
         float, _doc("Slots of a lapsed reservation rest so long when its writer can't be seen to be dead.", "s", ge=0)
     ] = 300.0
     quota_bytes: Annotated[int, _doc("DRAM that a tenant may hold; 0: no limit.", "bytes", ge=0)] = 0
-    quotas: Annotated[dict[str, int], _doc("The same for single tenants.", "bytes")] = msgspec.field(
-        default_factory=dict
-    )
+    quotas: Annotated[
+        dict[str, int], _doc("For single tenants, by the hex root of their keys (`pdserve kv stat`).", "bytes")
+    ] = msgspec.field(default_factory=dict)
     digest_every: Annotated[
         int, _doc("Check the digest of every n-th block at its commit. 1: all.", "blocks", ge=1)
     ] = 16
