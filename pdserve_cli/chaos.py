@@ -67,6 +67,8 @@ class Report:
     kills: dict[str, int] = field(default_factory=dict)
     freezes: int = 0
     answers: int = 0
+    left: int = 0
+    """Of the answers, those whose client went away in the middle."""
     errors: dict[str, int] = field(default_factory=dict)
     partial_tokens: int = 0
     cached_tokens: int = 0
@@ -196,6 +198,6 @@ async def _aftermath(cluster: Cluster, load: Load, report: Report) -> None:
     report.store_hits_after = sum(after[tier] - before[tier] for tier in ("dram", "disk", "peer"))
     report.leftovers += await at_rest(cluster)
     tally = load.tally
-    report.answers, report.errors = tally.answers, dict(tally.errors)
+    report.answers, report.left, report.errors = tally.answers, tally.left, dict(tally.errors)
     report.partial_tokens, report.cached_tokens = tally.partial_tokens, tally.cached_tokens
     report.wrong, report.hung = tally.wrong, tally.hung

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pdserve.errors import PdserveError
 from pdserve_cli.client import Answer, StreamCut, stream
 from pdserve_cli.parity_cell import request
-from pdserve_cli.parity_types import Case, Run
+from pdserve_cli.parity_types import OUTPUTS, Case, Run
 
 HANG_S = 60.0
 """Without a byte for so long, an answer hangs: three times the router's own bounds in a chaos cluster."""
@@ -25,6 +25,8 @@ PATIENCE_S = 240.0
 """From a request's first try to its answer, whatever dies meanwhile."""
 _PAUSE_S = (0.02, 0.2)
 """Between two tries."""
+_LEAVES = 0.1
+"""Share of requests whose client goes away in the middle of the answer."""
 _TALKS = (("greedy", "second turn"), ("seeded",), ("second turn",), ("greedy",))
 
 
@@ -41,6 +43,8 @@ class Tally:
     """What the clients met. `wrong` and `hung` must stay empty."""
 
     answers: int = 0
+    left: int = 0
+    """Answers whose client went away; what it got was right, too."""
     cached_tokens: int = 0
     partial_tokens: int = 0
     """Tokens of answers that an error cut short; they were right, too."""
@@ -71,6 +75,8 @@ class Load:
         while not self.stop.is_set():
             index = rng.randrange(len(self._cases))
             for round_ in rng.choice(_TALKS):
+                if rng.random() < _LEAVES:
+                    await self._try(index, round_, leave_after=rng.randrange(1, OUTPUTS))
                 await self.answered(index, round_, rng)
 
     async def everything(self) -> None:
@@ -87,14 +93,14 @@ class Load:
                 return
             await asyncio.sleep(rng.uniform(*_PAUSE_S))
 
-    async def _try(self, index: int, round_: str) -> bool:
+    async def _try(self, index: int, round_: str, leave_after: int | None = None) -> bool:
         """Whether it is settled: False asks for another try."""
         run, partial = self._alone[index], Answer()
         body = request(self._model, self._cases[index], run, round_)
         before, was_down = self.outages.count, self.outages.down
         where = f"case {index}, {round_}"
         try:
-            await asyncio.to_thread(stream, self._url, "/v1/completions", body, HANG_S, partial)
+            await asyncio.to_thread(stream, self._url, "/v1/completions", body, HANG_S, partial, leave_after)
         except TimeoutError:
             self.tally.hung.append(f"{where}: nothing for {HANG_S:.0f} s after {len(partial.token_ids)} tokens")
             return True
@@ -102,6 +108,9 @@ class Load:
             return self._cut(where, error, gone=was_down or before != self.outages.count)
         except PdserveError as error:
             return self._refused(where, error, partial, run.outputs(round_))
+        if leave_after is not None:
+            self.tally.left += 1
+            return self._given(where, partial, run.outputs(round_)[: len(partial.token_ids)])
         return self._given(where, partial, run.outputs(round_))
 
     def _cut(self, where: str, error: Exception, *, gone: bool) -> bool:

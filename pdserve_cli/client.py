@@ -33,8 +33,16 @@ class Answer:
     usage: dict[str, Any] = field(default_factory=dict)
 
 
-def stream(url: str, path: str, body: dict[str, Any], timeout_s: float = 120.0, into: Answer | None = None) -> Answer:
-    """POST with `stream: true` and collect, in `into` if it is given: then what came before an error is known.
+def stream(
+    url: str,
+    path: str,
+    body: dict[str, Any],
+    timeout_s: float = 120.0,
+    into: Answer | None = None,
+    leave_after: int | None = None,
+) -> Answer:
+    """POST with `stream: true` and collect, in `into` if it is given: then what came before an error is known. With
+    `leave_after` the connection is closed, rudely, as soon as so many token ids are there.
 
     Raises the typed error that the server sent, also in mid-stream; `StreamCut` when the stream ends without `[DONE]`;
     `TimeoutError` when nothing came for `timeout_s`, `OSError` or `http.client.HTTPException` when nobody is there.
@@ -52,6 +60,8 @@ def stream(url: str, path: str, body: dict[str, Any], timeout_s: float = 120.0, 
         answer.request_id = response.getheader("x-request-id") or ""
         for event in _events(response):
             _take(answer, event, begun)
+            if leave_after is not None and len(answer.token_ids) >= leave_after:
+                break
         return answer
     finally:
         connection.close()

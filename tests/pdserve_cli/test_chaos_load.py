@@ -116,6 +116,13 @@ async def test_a_connection_may_break_while_the_router_is_down() -> None:
     assert (load.tally.wrong, dict(load.tally.errors)) == ([], {"router_gone": 1})
 
 
+@pytest.mark.parametrize(("first", "wrong"), [(event(1, 2), 0), (event(1, 7), 1)])
+async def test_what_a_client_got_before_it_left_is_judged(first: str, wrong: int) -> None:
+    async with answering(first + event(3) + DONE) as (load, _):
+        await load._try(0, "greedy", leave_after=2)
+    assert (load.tally.left, len(load.tally.wrong)) == (1, wrong)
+
+
 async def test_silence_is_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chaos_load, "HANG_S", 0.2)
     gate = asyncio.Event()
