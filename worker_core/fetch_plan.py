@@ -16,7 +16,7 @@ SPLIT_GAIN = 0.75
 """Of the time that fetching all would take: only below it is a part computed meanwhile, which takes the engine's time
 from other requests."""
 RETRY_FACTOR = 0.97
-"""A source that lost looks so much better the next time: a slow moment is forgiven after a few dozen prompts."""
+"""What was too slow looks so much better the next time: a slow moment is forgiven after a few dozen prompts."""
 
 
 class Mean:
@@ -51,8 +51,11 @@ class FetchPlanner:
 
     def worth_asking(self, num_blocks: int) -> bool:
         """Whether a store could bring so many blocks sooner than they are computed, were it as fast as it ever is."""
-        compute_s = self._compute_s(num_blocks)
-        return compute_s is None or compute_s > (self.overhead_s.value or 0.0)
+        compute_s, overhead_s = self._compute_s(num_blocks), self.overhead_s.value
+        if compute_s is None or overhead_s is None or compute_s > overhead_s:
+            return True
+        self.overhead_s.value = overhead_s * RETRY_FACTOR
+        return False
 
     def first_block(self, source: str, cached: int, found: int, tokens_waiting: int = 0) -> int:
         """Of a chain of which the engine has `cached` blocks and the source has `found`: fetch from this block on,

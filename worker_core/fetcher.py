@@ -184,7 +184,8 @@ class Fetcher:
         finds = [find for find in await asyncio.gather(*asked) if find is not None]
         elapsed = time.perf_counter() - began
         self._metrics.store_seconds.labels("lookup").observe(elapsed)
-        self._planner.overhead_s.add(elapsed)
+        if finds and not any(find.found.promoted for find in finds):  # else the disk's time, or a time-out
+            self._planner.overhead_s.add(elapsed)
         best = max(finds, key=len, default=None)
         for find in finds:
             if find is not best:

@@ -9,11 +9,12 @@ from session_client import RouterSession
 from worker_pair import Pair
 from worker_process import worker_process
 
+from kvstore.eviction import HazardPolicy
 from pdserve.config import WorkerConfig, from_mapping
 from pdserve.engine.memory import LocalMemory
 from pdserve.errors import ConfigError
 from pdserve.types import KVLayout, Phase, Request, SamplingParams
-from worker_core.engines import build_engine
+from worker_core.engines import build_engine, cache_policy
 from worker_core.identity import fingerprint
 
 
@@ -72,3 +73,18 @@ async def test_torch_workers_hand_over_and_give_the_tokens_of_one_alone(transpor
             assert handed == await prefill.submit(request, Phase.FULL).result()
         await prefill.close()
         await decode.close()
+
+
+def test_the_cache_policy_is_the_configs() -> None:
+    config = from_mapping(WorkerConfig, {"engine": "sim", "cache_policy": "hazard", "num_blocks": 8})
+    engine = build_engine(config, LocalMemory)
+    request = Request("r", engine.model.name, tuple(range(40)), SamplingParams(max_tokens=2, ignore_eos=True))
+    for handle in range(1, 5):
+        engine.submit(request, handle, Phase.FULL)
+        cached = [stats.num_cached_tokens for _ in range(4) for stats in engine.step().output.prompts]
+        assert cached == [32 if handle > 1 else 0]
+    assert isinstance(cache_policy(config), HazardPolicy)
+    assert cache_policy(from_mapping(WorkerConfig, {"engine": "sim"})) is None
+    with pytest.raises(ConfigError):
+        from_mapping(WorkerConfig, {"cache_policy": "best"})
+    engine.close()

@@ -42,8 +42,16 @@ def test_what_takes_longer_to_ask_for_than_to_compute_is_not_asked_for() -> None
     made = planner()
     assert made.worth_asking(1)
     made.overhead_s.add(0.005)
-    assert not made.worth_asking(5)
+    assert not made.worth_asking(4)
     assert made.worth_asking(6)
+
+
+def test_one_slow_look_up_is_forgiven() -> None:
+    made = planner()
+    made.overhead_s.add(1.0)
+    asked = [made.worth_asking(100) for _ in range(200)]
+    assert not asked[0]
+    assert asked[-1]
 
 
 @pytest.mark.parametrize(("compute", "fetch"), [(None, 1.0), (1.0, None), (None, None)])
