@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from kvstore.eviction import POLICIES
 from pdserve.config import WorkerConfig
 from pdserve.engine.base import HandoverEngine, KVMemoryFactory
+from pdserve.engine.core.blocks import CachePolicy
 from pdserve.engine.core.config import CoreConfig
 from pdserve.errors import ConfigError
 
@@ -51,7 +53,7 @@ def _build_sim(config: WorkerConfig, memory_factory: KVMemoryFactory) -> Handove
         block_tokens=config.block_tokens,
         speedup=config.sim.speedup,
     )
-    return SimEngine(sim, memory_factory, timing=timing)
+    return SimEngine(sim, memory_factory, timing=timing, cache_policy=cache_policy(config))
 
 
 def _build_torch(config: WorkerConfig, memory_factory: KVMemoryFactory) -> HandoverEngine:
@@ -72,7 +74,12 @@ def _build_torch(config: WorkerConfig, memory_factory: KVMemoryFactory) -> Hando
         chunk_tokens=config.chunk_tokens,
         prefix_cache=config.prefix_cache,
     )
-    return build_torch_engine(torch_config, memory_factory)
+    return build_torch_engine(torch_config, memory_factory, cache_policy(config))
+
+
+def cache_policy(config: WorkerConfig) -> CachePolicy | None:
+    """None: the least recently used."""
+    return None if config.cache_policy == "lru" else POLICIES[config.cache_policy]()
 
 
 def _build_vllm(config: WorkerConfig, memory_factory: KVMemoryFactory) -> HandoverEngine:

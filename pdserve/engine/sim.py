@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from pdserve.engine.base import KVMemoryFactory, StepResult
 from pdserve.engine.core.batch import Batch
+from pdserve.engine.core.blocks import CachePolicy
 from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.core.engine import LocalEngine
 from pdserve.engine.sim_kv import chain, digest, initial_state
@@ -85,11 +86,12 @@ class SimEngine(LocalEngine):
         memory_factory: KVMemoryFactory,
         *,
         timing: TimingModel | None = None,
+        cache_policy: CachePolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         runner = SimRunner(config.model, config.vocabulary, config.block_tokens, config.model_seed, config.host_memory)
-        super().__init__(runner, memory_factory, config.core)
+        super().__init__(runner, memory_factory, config.core, cache_policy=cache_policy, clock=clock)
         self._timing = timing or timing_preset(config.timing)
         self._speedup = config.speedup
         self._clock = clock

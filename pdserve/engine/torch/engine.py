@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from pdserve.engine.base import KVMemoryFactory
+from pdserve.engine.core.blocks import CachePolicy
 from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.core.engine import LocalEngine
 from pdserve.engine.torch.loader import load_decoder
@@ -54,7 +55,9 @@ class TorchEngineConfig:
                 raise ConfigError(f"{key} must be at least 1", key=key)
 
 
-def build_torch_engine(config: TorchEngineConfig, memory_factory: KVMemoryFactory) -> LocalEngine:
+def build_torch_engine(
+    config: TorchEngineConfig, memory_factory: KVMemoryFactory, cache_policy: CachePolicy | None = None
+) -> LocalEngine:
     """Load the model and make its KV pool. Sets torch's thread count for the process.
 
     Raises `ConfigError` (model not found or damaged, no such device), `NotSupported` (a model shape that we don't
@@ -71,7 +74,8 @@ def build_torch_engine(config: TorchEngineConfig, memory_factory: KVMemoryFactor
         max_model_len=config.max_model_len,
         deterministic=config.deterministic,
     )
-    return LocalEngine(runner, memory_factory, _core_config(config, runner.layout.block_bytes))
+    core = _core_config(config, runner.layout.block_bytes)
+    return LocalEngine(runner, memory_factory, core, cache_policy=cache_policy)
 
 
 def use_huge_pages() -> None:
