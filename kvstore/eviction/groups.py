@@ -141,9 +141,12 @@ class Groups:
         return bool(released)
 
     def forget(self, key: Key) -> None:
-        """As if `key` had never been seen."""
+        """As if `key` had never been seen. A chain costs least from its tail on: no group is split then."""
         group = self.find(key)
         if group is None:
+            return
+        if len(group.keys) > 1 and not group.gone and group.keys[-1] == key:
+            del self.resident[group.keys.pop()]
             return
         group = self._from(group, key)
         if len(group) > 1:

@@ -151,7 +151,7 @@ class DramStore:
         here = [entry for name in names if (entry := self.entries.get(name))]
         self.tenants.access(((entry.tenant, entry.name) for entry in here), now)
         worthy = [i for i in missing if names[i] in self._policy]
-        for i in worthy[self.slots.free :]:
+        for i in reversed(worthy[self.slots.free :]):
             self._policy.forget(names[i])
         return worthy[: self.slots.free]
 
@@ -236,7 +236,7 @@ class DramStore:
         self._metrics.lapsed.labels("lease").inc(self.leases.expire(now))
         lapsed = self.reservations.expire(now)
         self._metrics.lapsed.labels("reservation").inc(len(lapsed))
-        for name in (name for reservation in lapsed for name in reservation.names):
+        for name in (name for reservation in lapsed for name in reversed(reservation.names)):
             self._policy.forget(name)
         return now
 
@@ -327,7 +327,7 @@ class DramStore:
         self.tenants.access(((entry.tenant, entry.name) for entry in entries), now)
 
     def _remove(self, entries: Sequence[Entry], reason: str) -> None:
-        for entry in entries:
+        for entry in reversed(entries):
             del self.entries[entry.name]
             self._policy.forget(entry.name)
             self.tenants.forget(entry.tenant, entry.name)
@@ -344,7 +344,7 @@ class DramStore:
             self.tenants.give(entry.tenant, 1)
 
     def _give_back(self, reservation: Reservation) -> None:
-        for name in reservation.names:
+        for name in reversed(reservation.names):
             self._policy.forget(name)
         self._free_slots(reservation)
 
