@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -67,30 +67,25 @@ class WordEncoder:
         return self._encode_partly_new(text, words, found)
 
     def _encode_partly_new(self, text: str, words: list[str], found: list[Ids | None]) -> list[int]:
-        """What is new by itself, or if that is much of the text, all of it anew."""
-        pieces: list[Ids] = []
-        fresh: list[tuple[int, int, int, str]] = []
-        start = num_fresh_chars = 0
-        while start < len(words):
-            end, ids = start + 1, found[start]
+        """What is new by itself, or if that is much of the text, all of it anew. Only where something is missing in
+        `found` it is looked at word by word."""
+        fresh: list[tuple[int, int, str]] = []
+        num_fresh_chars = 0
+        for start, end in _gaps(words, found):
+            chunk = _joined(words, start, end)
+            ids = self._old_words.get(words[start]) if _is_word(words, start, end) else self._known_chunk(chunk)
             if ids is None:
-                end = _chunk_end(words, start)
-                chunk = _joined(words, start, end)
-                ids = self._old_words.get(words[start]) if _is_word(words, start, end) else self._known_chunk(chunk)
-                if ids is None:
-                    fresh.append((len(pieces), start, end, chunk))
-                    num_fresh_chars += len(chunk) + CALL_CHARS
-                    ids = ()
-                elif start:
-                    self._remember(words, start, end, ids)
-            pieces.append(ids)
-            start = end
+                fresh.append((start, end, chunk))
+                num_fresh_chars += len(chunk) + CALL_CHARS
+            else:
+                self._remember(words, start, end, ids)
+            found[start:end] = [ids or ()] + [()] * (end - start - 1)
         if 2 * num_fresh_chars > len(text) and len(fresh) > 1:
             return self._learn(text, words)
-        for place, start, end, chunk in fresh:
-            pieces[place] = self._ids_by_digits(chunk)
-            self._remember(words, start, end, pieces[place])
-        return list(chain.from_iterable(pieces))
+        for start, end, chunk in fresh:
+            ids = found[start] = self._ids_by_digits(chunk)
+            self._remember(words, start, end, ids)
+        return list(chain.from_iterable(found))  # type: ignore[arg-type]
 
     def _learn(self, text: str, words: list[str]) -> list[int]:
         """Encode the whole, and remember what each chunk became: a token ends where its characters do."""
@@ -139,6 +134,19 @@ class WordEncoder:
 
     def _ids_of(self, text: str) -> Ids:
         return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+
+
+def _gaps(words: list[str], found: list[Ids | None]) -> Iterator[tuple[int, int]]:
+    """(start, end) of each chunk that begins where nothing was found. Whoever takes one fills its gap."""
+    start = 0
+    while True:
+        try:
+            start = found.index(None, start)
+        except ValueError:
+            return
+        end = _chunk_end(words, start)
+        yield start, end
+        start = end
 
 
 def _chunk_end(words: list[str], start: int) -> int:
