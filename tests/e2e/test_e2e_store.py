@@ -82,15 +82,15 @@ async def computed(cluster: Cluster, member: Member) -> float:
     return await cluster.metric(member, "pdserve_prefix_tokens_total", tier="computed")
 
 
-async def _second_turn(cluster: Cluster) -> None:
+async def _second_turn(cluster: Cluster, turn_tokens: int = TURN_TOKENS) -> None:
     """The first turn is prefilled on one worker, the second can only go to the other."""
     one, other = cluster.of_role("prefill")
     decode = cluster.of_role("decode")
     first_router = await cluster.start_router("first", [one, *decode])
     second_router = await cluster.start_router("second", [other, *decode])
-    prompt = prompt_of(1, TURN_TOKENS)
+    prompt = prompt_of(1, turn_tokens)
     first = (await ask(first_router, prompt))["choices"][0]["token_ids"]
-    await stored(cluster.stores[0], (TURN_TOKENS + OUTPUTS - 1) // BLOCK)
+    await stored(cluster.stores[0], (turn_tokens + OUTPUTS - 1) // BLOCK)
     second_prompt = [*prompt, *first, *prompt_of(2, NEW_TOKENS)]
     before = await computed(cluster, other)
     await ask(second_router, second_prompt)
@@ -98,7 +98,7 @@ async def _second_turn(cluster: Cluster) -> None:
     assert NEW_TOKENS <= new <= NEW_TOKENS + BLOCK, "all but the new tokens and a partial block come from the store"
     fetched = await cluster.metric(other, "pdserve_prefix_tokens_total", tier="dram")
     assert fetched == len(second_prompt) - new
-    assert await computed(cluster, one) == TURN_TOKENS
+    assert await computed(cluster, one) == turn_tokens
 
 
 async def test_a_second_turn_on_another_prefill_worker_computes_only_the_new_tokens() -> None:
@@ -112,10 +112,10 @@ async def test_a_second_turn_on_another_prefill_worker_computes_only_the_new_tok
 
 @pytest.mark.torch_model
 async def test_a_second_turn_with_the_embedded_model_computes_only_the_new_tokens() -> None:
-    worker = {"num_blocks": 300, "store_fetch": "always"}
-    async with run_cluster(ClusterSpec(prefill=2, store={"num_blocks": 300}, worker=worker, router=ALWAYS)) as cluster:
+    worker = {"num_blocks": 100, "store_fetch": "always"}
+    async with run_cluster(ClusterSpec(prefill=2, store={"num_blocks": 100}, worker=worker, router=ALWAYS)) as cluster:
         await attached(cluster)
-        await _second_turn(cluster)
+        await _second_turn(cluster, turn_tokens=1000)
 
 
 # ---- stores that fail ----
