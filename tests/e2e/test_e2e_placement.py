@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from e2e_tools import TEXT, all_blocks_free
+from e2e_tools import TEXT, all_blocks_free, eventually
 
 from pdserve_cli import explain
 from pdserve_cli.cluster import Cluster, ClusterSpec, run_cluster
@@ -71,6 +71,17 @@ class Load:
         return request_id
 
 
+async def all_models(cluster: Cluster) -> None:
+    """One that can be served makes the router ready: wait for the other, and for every worker."""
+
+    async def there() -> bool:
+        _, body = await cluster.get("/v1/models")
+        connected = await cluster.metric(cluster.router, "pdserve_workers", state="ready")
+        return len(json.loads(body)["data"]) == 4 and connected == 6
+
+    await eventually(there)
+
+
 def check_explained(record: explain.Fields) -> None:
     """Every worker that was used was chosen by a pick that names its rivals and why it won, and what was predicted for
     it stands beside what came."""
@@ -100,6 +111,7 @@ def check_explained(record: explain.Fields) -> None:
 @pytest.mark.e2e
 async def test_every_placement_is_explained_and_the_liar_is_found(capsys: pytest.CaptureFixture[str]) -> None:
     async with run_cluster(SPEC) as cluster:
+        await all_models(cluster)
         ids = await Load(cluster).run()
         records = await asyncio.gather(*(asyncio.to_thread(explain.fetch, cluster.http_url, each) for each in ids))
         for record in records:
