@@ -24,9 +24,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
@@ -37,6 +39,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pdserve.engine.timing import timing_preset
+from router.scheduling.base import Ask
 from simulator.fleet import Fleet, FleetSpec
 from simulator.trace import BLOCK_TOKENS, TraceRequest, read_mooncake
 
@@ -162,6 +165,30 @@ def measure_peer(options: argparse.Namespace) -> dict[str, Row]:
     }
 
 
+def decision_cost(rounds: int = 7, count: int = 1000) -> Row:
+    """CPU-µs of the router's loop for a request's whole life in a policy (enqueue, decide, prefilled, decoding, ended),
+    four prefill and four decode workers that are never full; medians of interleaved rounds."""
+    costs: dict[str, list[float]] = {"conductor": [], "least_loaded": [], "round_robin": []}
+    for _ in range(rounds):
+        for policy, found in costs.items():
+            fleet = Fleet(FleetSpec(4, 4, timing_preset(TIMING), policy=policy))
+            asks = [Ask(str(number), "simulated", 1000, 100) for number in range(count)]
+            started = time.process_time()
+            for ask in asks:
+                live_and_die(fleet, ask)
+            found.append((time.process_time() - started) / count * 1e6)
+    return {policy: round(statistics.median(found), 1) for policy, found in costs.items()}
+
+
+def live_and_die(fleet: Fleet, ask: Ask) -> None:
+    policy = fleet.router.policy
+    policy.enqueue(ask)
+    for decision in policy.decide(fleet.workers, 1):
+        policy.prefilled(decision.ask, 0)
+        policy.decoding(decision.ask)
+        policy.ended(decision.ask, 100)
+
+
 def table(result: dict[str, Row]) -> str:
     """For people."""
     lines = ["| fleet | row | goodput rps | TTFT mean / p50 / p99 ms | ITL mean / p99 ms | reuse | alone |"]
@@ -190,12 +217,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer", type=Path, default=PEER, help="a Python that has ai-dynamo")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--no-trap", dest="trap", action="store_false", help="leave the prefix trap out")
+    parser.add_argument("--cost", action="store_true", help="only what a decision costs the router, in CPU-µs")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
 
 def main() -> int:
     options = arguments()
+    if options.cost:
+        print(json.dumps({"cpu_us_a_request": decision_cost()}))
+        return 0
     if not options.trace.exists():
         print(json.dumps({"skipped": f"no trace at {options.trace}: give --trace"}))
         return 0

@@ -60,7 +60,7 @@ class ConductorRules:
     """With no prefill worker at all decode workers do everything, rather than refuse it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Option(Generic[WorkerT]):
     """One way to compute a prompt, in seconds from now."""
 
@@ -265,7 +265,7 @@ class Conductor(Desk[WorkerT]):
 
     def _alone_pays(self, ask: Ask, pair: Option[WorkerT], now: float) -> Decision[WorkerT] | None:
         """A short uncached suffix needs no hand-over; and no pair may be far slower than one worker."""
-        if ask.max_tokens == 1:
+        if ask.max_tokens == 1 or (pair.finish_s <= self.rules.patience_s and not self._may_be_short(ask)):
             return None
         best = self._best_alone(ask, now)
         if best is None:
@@ -276,6 +276,12 @@ class Conductor(Desk[WorkerT]):
         if pair.finish_s > self.rules.patience_s and best.finish_s * self.rules.degrade_ratio < pair.finish_s:
             return self._bind_alone(ask, best, now, "pairs_too_slow")
         return None
+
+    def _may_be_short(self, ask: Ask) -> bool:
+        """Somebody holds nearly all of the prompt, or it is short itself. Hot path: most requests are neither."""
+        known = self._reaches.get(ask)
+        held = max((found.disk for found in known[1].values()), default=0) if known is not None else 0
+        return ask.num_prompt_tokens - held * self._around.block_tokens <= self.rules.alone_tokens
 
     def _best_alone(self, ask: Ask, now: float) -> Option[WorkerT] | None:
         options = [

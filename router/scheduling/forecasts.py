@@ -14,6 +14,9 @@ PACE_WEIGHT = 0.1
 PACE_BOUNDS = (0.1, 10.0)
 """One observation counts at most this much: a stalled process must not be remembered as a slow one."""
 
+CONTEXT_GRAIN = 1024
+"""Tokens of context that make no difference to a forecast: so that forecasts can be remembered."""
+
 
 class Pace:
     """Observed seconds for each predicted second: 1.0 until something was observed."""
@@ -38,6 +41,7 @@ class Predictor:
         self._chunk_tokens = chunk_tokens
         self.prefill_s = lru_cache(maxsize=8192)(self._prefill_s)
         """(new tokens, cached tokens before them) -> seconds, alone on a worker. Cached: candidates ask alike."""
+        self._decode_s = lru_cache(maxsize=8192)(self._decode_step_s)
 
     def _prefill_s(self, num_new: int, num_cached: int) -> float:
         total_ms, start, left = 0.0, num_cached, num_new
@@ -49,10 +53,12 @@ class Predictor:
         return total_ms / 1000
 
     def itl_s(self, num_seqs: int, num_context_tokens: int) -> float:
-        """Between two tokens of a batch that attends to so many tokens in all."""
-        if num_seqs <= 0:
-            return 0.0
-        return self._timing.step_ms(StepWork(decodes=num_seqs, decode_context=num_context_tokens)) / 1000
+        """Between two tokens of a batch that attends to so many tokens in all, give or take `CONTEXT_GRAIN`."""
+        return self._decode_s(num_seqs, num_context_tokens // CONTEXT_GRAIN) if num_seqs > 0 else 0.0
+
+    def _decode_step_s(self, num_seqs: int, grains: int) -> float:
+        work = StepWork(decodes=num_seqs, decode_context=grains * CONTEXT_GRAIN + CONTEXT_GRAIN // 2)
+        return self._timing.step_ms(work) / 1000
 
     def mixed_s(self, num_new: int, num_cached: int, num_seqs: int, num_context_tokens: int) -> float:
         """A whole prompt computed on a worker that decodes: every chunk's step carries the batch along."""
