@@ -108,3 +108,13 @@ def test_own_tables_can_be_loaded(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ConfigError):
         load_table(tmp_path / "t.csv", "m", "s", 1)
+
+
+def test_a_fixed_part_below_zero_counts_but_no_step_takes_less_than_nothing():
+    dynamo = timing_preset("llama-3.1-8b-fp8-h200-dynamo")
+    assert dynamo.step_ms(StepWork.prefill(8192)) == pytest.approx(179.586, abs=0.001)
+    assert dynamo.step_ms(StepWork.prefill(8000)) == pytest.approx(175.340, abs=0.001)
+    assert dynamo.step_ms(StepWork.prefill(10)) == 0.0
+    assert dynamo.step_ms(StepWork.decode(8001)) == pytest.approx(6.3455, abs=0.001)
+    mixed = dynamo.step_ms(StepWork(prefill_tokens=1000, decodes=1, decode_context=100))
+    assert mixed == pytest.approx(1000 * 0.02211813 + 6.0904 + 0.0203 + 0.0029, abs=0.001)
