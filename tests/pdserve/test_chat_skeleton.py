@@ -56,6 +56,7 @@ IMPURE = {
     "quotes": "{% for m in messages %}{{ m.content | tojson }}{% endfor %}",
     "counts": "{% for m in messages %}{{ m.content | int }}{% endfor %}",
     "formats": "{% for m in messages %}{{ '%5s' % m.content }}{% endfor %}",
+    "formats in a tuple": "{% for m in messages %}{{ '%5s' % (m.content,) }}{% endfor %}",
     "formats by name": "{% for m in messages %}{{ '{:>5}'.format(m.content) }}{% endfor %}",
     "repeats": "{% for m in messages %}{{ m.content * 2 }}{% endfor %}",
     "joins and compares": "{% for m in messages %}{% set x = 'a' ~ m.content %}{{ x == 'ahi' }}{% endfor %}",

@@ -187,6 +187,7 @@ class Peer:
 
 HEAD = ((":status", "200"), ("content-type", "application/grpc"))
 SETTINGS = frame(http2.SETTINGS, 0, 0)
+_ALL_FLAGS = http2.END_STREAM | http2.END_HEADERS | http2.PADDED | http2.PRIORITY
 
 
 def _message(data: bytes) -> bytes:
@@ -226,7 +227,7 @@ async def test_frames_may_be_padded_continued_and_of_kinds_unknown() -> None:
             frame(http2.DATA, http2.PADDED, 1, padded),
             frame(http2.DATA, 0, 1, _message(b"a") + _message(b"b") + _message(b"cut")[:6]),
             frame(http2.DATA, 0, 1, _message(b"cut")[6:]),
-            peer.headers(("grpc-status", "0"), end=True),
+            frame(http2.HEADERS, _ALL_FLAGS, 1, b"\2" + bytes(5) + peer.block(("grpc-status", "0")) + bytes(2)),
         )
         assert [await stream.read() for _ in range(5)] == [b"padded", b"a", b"b", b"cut", None]
 
