@@ -7,8 +7,8 @@ import asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from session_client import RouterSession
-from store_tools import run
 from worker_pair import make_request, running, sim_builder, until
+from worker_stores import run
 
 from pdserve.engine.base import PublishedBlocks, StepResult
 from pdserve.engine.core.config import CoreConfig

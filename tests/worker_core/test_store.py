@@ -7,8 +7,8 @@ import asyncio
 
 import pytest
 from session_client import PairRequest, RouterSession
-from store_tools import SIM_BLOCK_BYTES, joined, metric, run, running_node, store_of, turn
 from worker_pair import MODEL, SIM, expected, make_request, prompt, running, sim_builder, until, until_free
+from worker_stores import SIM_BLOCK_BYTES, joined, metric, run, running_node, store_of, turn
 
 from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.sim import SimEngineConfig

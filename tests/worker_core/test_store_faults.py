@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 from session_client import Reply, RouterSession
-from store_tools import Node, metric, run, running_node
 from worker_pair import expected, make_request, sim_builder, until, until_free
+from worker_stores import Node, metric, run, running_node
 
 from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.sim import SimEngineConfig

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from session_client import PairRequest
-from store_tools import Node, joined, metric, run, store_of
 from worker_pair import expected, make_request, sim_builder, until_free
+from worker_stores import Node, joined, metric, run, store_of
 
 from kvstore.node.process import NodeStore
 from pdserve.engine.core.config import CoreConfig

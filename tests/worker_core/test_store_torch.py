@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 from session_client import PairRequest, RouterSession
-from store_tools import run, store_of
 from worker_pair import until
 from worker_process import worker_process
+from worker_stores import run, store_of
 
 from pdserve.types import Phase, Request, SamplingParams
 

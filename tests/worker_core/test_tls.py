@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from session_client import PairRequest, RouterSession
-from store_tools import joined, store_of
 from worker_pair import expected, make_request, running
+from worker_stores import joined, store_of
 
 from kvstore.handover.verify import PoolDescriptor
 from kvstore.transports.tcp import TcpOptions, TcpTransport
