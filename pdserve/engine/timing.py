@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -109,7 +110,7 @@ class TableTiming:
         single = sorted((tokens, ms) for (batch, tokens), ms in prefill.items() if batch == 1)
         if len(single) < 3 or len(decode) != len(self._batches) * len(self._contexts) or len(decode) < 4:
             raise ConfigError("a timing table needs 3 prefill points at batch 1 and a full decode grid", key="timing")
-        self._decode = [[decode[batch, context] for context in self._contexts] for batch in self._batches]
+        self._decode = _never_less([[decode[batch, context] for context in self._contexts] for batch in self._batches])
         self._fixed = self._decode[0][0]
         self._per_pair = _quadratic_part(single[-3:])
         self._lengths = [0, *(tokens for tokens, _ in single)]
@@ -129,6 +130,15 @@ class TableTiming:
         low = _segment(self._batches, batch)
         pair = [_on_line(self._contexts, self._decode[low + i], context) for i in (0, 1)]
         return _on_line(self._batches[low : low + 2], pair, batch)
+
+
+def _never_less(grid: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Rows and columns made to rise: where an estimate falls as the work grows, it is noise."""
+    rows: list[list[float]] = []
+    for row in grid:
+        risen = list(accumulate(row, max))
+        rows.append([max(pair) for pair in zip(risen, rows[-1], strict=True)] if rows else risen)
+    return rows
 
 
 def _segment(xs: Sequence[int], x: float) -> int:
