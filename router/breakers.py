@@ -85,11 +85,17 @@ class LinkBreakers:
         if self._breakers and self.state(source, target) is State.ON_TRIAL:
             self._open_half(source, target, self._breakers[source, target])
 
-    def arrived(self, source: str, target: str, num_tokens: int, seconds: float, alone_s: float) -> None:
+    def arrived(
+        self, source: str, target: str, num_tokens: int, seconds: float, alone_s: float, *, queued: bool = False
+    ) -> None:
         """A hand-over of so many tokens took so long beyond the prompt's computing; the decode worker would have
-        computed it in `alone_s`."""
+        computed it in `alone_s`. `queued`: requests waited there for room, so a slow one says nothing of the link."""
+        slow = seconds > self._rules.slow_s + alone_s
+        if slow and queued:
+            self.unbound(source, target)
+            return
         self._links.observe(source, target, num_tokens, seconds)
-        if seconds > self._rules.slow_s + alone_s:
+        if slow:
             self._bad(source, target, "slow")
         elif (source, target) in self._breakers:
             self._close(source, target)

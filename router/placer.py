@@ -183,16 +183,13 @@ class Placer:
             return
         self.policy.decoding(ask)
         attempt = active.attempt
-        if attempt.prefill_worker is None or attempt.decode_worker is None or attempt.first_token_s is None:
+        link, arrived = attempt.link, attempt.kv_arrived_s or attempt.decode_started_s
+        if link is None or arrived is None or attempt.first_token_s is None:
             return
-        self._prefixes.computed(attempt.decode_worker, ask.keys)
-        arrived = attempt.kv_arrived_s or attempt.decode_started_s
-        if arrived is not None:
-            alone_s = self._predictor.prefill_s(ask.num_prompt_tokens, 0)
-            seconds = max(arrived - attempt.first_token_s, 0.0)
-            self.breakers.arrived(
-                attempt.prefill_worker, attempt.decode_worker, ask.num_prompt_tokens, seconds, alone_s
-            )
+        self._prefixes.computed(link[1], ask.keys)
+        alone_s = self._predictor.prefill_s(ask.num_prompt_tokens, 0)
+        seconds = max(arrived - attempt.first_token_s, 0.0)
+        self.breakers.arrived(*link, ask.num_prompt_tokens, seconds, alone_s, queued=active.decode_is_full)
 
     def failed(self, active: ActiveRequest, error: PdserveError) -> None:
         attempt = active.record.last

@@ -240,6 +240,11 @@ class ActiveRequest:
         else:
             self.on_finish_error(finish)
 
+    @property
+    def decode_is_full(self) -> bool:
+        """Requests wait there for room, as far as its last report tells."""
+        return self._decode is not None and self._decode.link.load.num_waiting > 0
+
     # ---- another decode worker, before anything was handed over ----
 
     @property

@@ -68,6 +68,13 @@ def test_what_computing_would_have_taken_is_not_slow():
     assert bench.broken
 
 
+def test_a_decode_worker_without_room_is_not_the_links_fault():
+    bench = Bench(failures=1)
+    bench.breakers.arrived("p", "d", 100, 9.0, alone_s=0.5, queued=True)
+    assert not bench.broken
+    assert bench.breakers.num_open() == 0
+
+
 def test_after_a_rest_one_request_tries_it():
     bench = Bench()
     for _ in range(3):
