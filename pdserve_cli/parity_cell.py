@@ -1,8 +1,8 @@
-"""One cell of parity's matrix: a cluster, every case through it three times over, and what differed.
+"""One cell of parity's matrix: a cluster, every case through it three times over and more, and what differed.
 
 With the store on there are two nodes, each with a tiny store of its own. The rounds go through three routers: one that
 knows every worker, then one for each node's prefill worker. So a prompt comes back where its KV is not, and must be
-fetched: from the node's own store, or from the other's.
+fetched: from the node's own store, or from the other's. At last the prefill workers are restarted, and asked again.
 """
 
 from __future__ import annotations
@@ -76,8 +76,22 @@ async def run_cell(setting: Setting, cell: Cell, cases: Sequence[Case], alone: S
             for round_, url in zip(ROUNDS, await _urls(cluster), strict=True):
                 await _round(url, model, round_, cell, cases, alone, found)
                 await rot.after(round_)
+            if setting.store:
+                await _forget(cluster, found)
+                await _round(cluster.http_url, model, ROUNDS[0], cell, cases, alone, found)
             await _sum_up(cluster, rot, found)
     found.cells += 1
+
+
+async def _forget(cluster: Cluster, found: Findings) -> None:
+    """Prefill workers start anew: whatever they need not compute can only come from the stores."""
+    prefill = cluster.of_role("prefill")
+    for tier, blocks in (await hits(cluster, prefill)).items():
+        found.hits[tier] += blocks
+    for member in prefill:
+        member.process.terminate()
+        await cluster.restart(member)
+    await cluster.wait_answering()
 
 
 async def _sum_up(cluster: Cluster, rot: DiskRot, found: Findings) -> None:
@@ -121,7 +135,7 @@ def _spec(setting: Setting, cell: Cell, cases: Sequence[Case], disk: str) -> Clu
         worker=worker,
         router=router,
         start_timeout_s=_TIMEOUT_S,
-        stable_ports=setting.corrupt_every > 0,
+        stable_ports=True,
     )
 
 
