@@ -16,7 +16,7 @@ up: $(SETUP)
 	$(PY) -m pdserve_cli up
 
 test: $(SETUP) lint
-	$(PY) -m pytest -m "not slow and not vllm and not gpu and not kube"
+	$(PY) -m pytest -m "not slow and not vllm and not gpu and not kube and not transports"
 
 lint: $(SETUP)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
