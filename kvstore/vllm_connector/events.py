@@ -6,10 +6,8 @@ the index's own source of vLLM events, which here feeds a queue instead of an in
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -27,8 +25,8 @@ class EngineEvents:
     """A `pdserve.engine.vllm.news.CacheEvents`."""
 
     def __init__(self, block_tokens: int) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="pdserve-kv-events-"))
-        self._options = VllmEventOptions(f"ipc://{self._folder}/live", f"ipc://{self._folder}/replay")
+        self._folder = tempfile.TemporaryDirectory(prefix="pdserve-kv-events-")  # goes with this object at the latest
+        self._options = VllmEventOptions(f"ipc://{self._folder.name}/live", f"ipc://{self._folder.name}/replay")
         blocks = VllmBlocks(ModelRoots({}, salt_is_root=True), block_tokens=block_tokens, fingerprint=_ANY_LAYOUT)
         self._queue = _Queue()
         self._source = VllmEventSource(self._options, blocks, self._queue, "engine")
@@ -49,7 +47,7 @@ class EngineEvents:
         return self._queue.take()
 
     def close(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.cleanup()
 
 
 class _Queue:

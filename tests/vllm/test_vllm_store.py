@@ -80,7 +80,7 @@ def test_everything_that_was_computed_is_published_from_the_first_block_on(store
     assert covered == set(range(9))
 
 
-@pytest.mark.parametrize(("length", "num_blocks"), [(20, 1), (64, 4), (150, 3), (300, 18), (701, 43)])
+@pytest.mark.parametrize(("length", "num_blocks"), [(20, 1), (64, 4), (150, 3), (701, 43)])
 def test_a_prompt_whose_beginning_comes_from_a_store_gives_the_same_tokens(
     store: Store, length: int, num_blocks: int
 ) -> None:
@@ -166,7 +166,7 @@ def spoil(engine: Driven, block: int, what: str) -> None:
         engine.pool.generations[block] += 1
 
 
-@pytest.mark.parametrize("index", [0, 5, 11])
+@pytest.mark.parametrize("index", [0, 11])
 def test_a_block_that_was_spoiled_after_it_was_fetched_is_recomputed_and_forgotten(store: Store, index: int) -> None:
     request = make_request(f"spoiled fetch {index}", 200, 8)
     expected = store.write(request)
