@@ -1,7 +1,7 @@
 """Who dies when in `pdserve chaos`: SIGKILL at random moments, a short absence, and a successor with the same config.
 
 Every role gets its turn; now and then two die at once, one dies again while it starts, or a store freezes for a while.
-The same seed gives the same victims and pauses; what was in flight differs from run to run.
+The same seed gives the same roles in the same order, mostly; what was in flight differs from run to run.
 """
 
 from __future__ import annotations
