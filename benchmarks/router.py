@@ -60,12 +60,12 @@ def loads(quick: bool) -> list[Load]:
     scale = 0.4 if quick else 1.0
     every = tuple(mode.name for mode in dynamo_peer.MODES)
     return [
-        Load("chunk", "s256", 400, 0, 8 * scale, ttft_us=50_000, itl_us=20_000, speedup=3, dynamo=("dynamo",)),
+        Load("chunk", "s256", 400, 0, 8 * scale, ttft_us=2_000, itl_us=20_000, speedup=1, dynamo=("dynamo",)),
         Load("short", "s1", 32, 0, 4 * scale, dynamo=every),
         Load("long", "m64", 16, 0, 5 * scale, dynamo=every),
         Load("next_turn", "next_turn", 16, 0, 5 * scale),
         Load("ttft", "s16", 64, 50, 6 * scale),
-        Load("memory", "s256", 2000, 0, 12 * scale, ttft_us=50_000, itl_us=100_000, num_cached=1 << 20),
+        Load("memory", "s256", 2000, 0, 12 * scale, ttft_us=1_000, itl_us=100_000, num_cached=1 << 20),
     ]
 
 
