@@ -23,6 +23,7 @@ from pdserve.errors import (
 )
 from pdserve.rpc import Channel, ClientStream
 from pdserve.types import FinishReason, Phase, Role, SamplingParams
+from pdserve.v1 import worker_service_pb2
 from pdserve.wire.session import SESSION, RouterHello, RouterUpdate, Submission
 
 SLOW = sim_builder(timing=Constant(5.0))
@@ -91,7 +92,8 @@ async def test_a_submission_that_cannot_be_read_costs_only_itself() -> None:
         router = await RouterSession.open(worker.address)
         good = router.submit(make_request(), Phase.FULL)
         bad = router.expect(1)
-        router.send(_BadPhase(bad.handle))
+        with_unknown_phase(router, bad.handle)
+        router.send(RouterUpdate(submissions=[Submission(bad.handle, Phase.FULL, make_request())]))
         with pytest.raises(InvalidRequest) as caught:
             await bad.result()
         assert caught.value.param == "phase"
@@ -99,12 +101,18 @@ async def test_a_submission_that_cannot_be_read_costs_only_itself() -> None:
         await router.close()
 
 
-class _BadPhase(RouterUpdate):
-    """Encodes as a submission with a phase that nobody knows."""
+def with_unknown_phase(router: RouterSession, handle: int) -> None:
+    """This submission will be that of a router of a newer release, with a phase that nobody knows here."""
+    stream = router._stream
+    encode = stream._encode
 
-    def __init__(self, handle: int) -> None:
-        request = make_request()
-        super().__init__(submissions=[Submission(handle, 99, request)])
+    def encode_newer(update: RouterUpdate) -> bytes:
+        message = worker_service_pb2.RouterMessage.FromString(encode(update))
+        for submission in message.submissions:
+            submission.phase = 99 if submission.handle == handle else submission.phase
+        return message.SerializeToString()
+
+    stream._encode = encode_newer
 
 
 async def test_a_handle_in_use_is_refused_and_its_owner_unharmed() -> None:
