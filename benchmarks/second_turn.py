@@ -83,7 +83,7 @@ def spec(tokens: int, dtype: str, *, store: bool) -> ClusterSpec:
     """Pools for two conversations: the store's must hold one, whatever the workers keep."""
     blocks = -(-(tokens + 512) // 16)
     worker = {"dtype": dtype, "num_blocks": 2 * blocks}
-    router = {"disaggregate": "always"}
+    router = {"disaggregate": "always", "breaker.slow_ms": 60_000.0}
     return ClusterSpec(prefill=2, worker=worker, router=router, store={"num_blocks": 3 * blocks} if store else None)
 
 

@@ -12,7 +12,7 @@ from pdserve_cli.parity_types import OUTPUTS, SEEDED, Case, Run
 from worker_core.engines import build_engine
 
 
-def generate_alone(engine: str, model: str, dtype: str, cases: Sequence[Case]) -> list[Run]:
+def generate_alone(engine: str, model: str, dtype: str, cases: Sequence[Case], outputs: int = OUTPUTS) -> list[Run]:
     """Each case by itself, round after round, its prompts in one chunk and with no prefix cache."""
     config = from_mapping(
         WorkerConfig,
@@ -29,14 +29,14 @@ def generate_alone(engine: str, model: str, dtype: str, cases: Sequence[Case]) -
     )
     alone = build_engine(config, LocalMemory)
     try:
-        return [_run_case(alone, case) for case in cases]
+        return [_run_case(alone, case, outputs) for case in cases]
     finally:
         alone.close()
 
 
-def _run_case(engine: HandoverEngine, case: Case) -> Run:
-    greedy = SamplingParams(temperature=0.0, max_tokens=OUTPUTS, ignore_eos=True, seed=case.seed, logprobs=0)
-    drawn = SamplingParams(**SEEDED, max_tokens=OUTPUTS, ignore_eos=True, seed=case.seed)
+def _run_case(engine: HandoverEngine, case: Case, outputs: int) -> Run:
+    greedy = SamplingParams(temperature=0.0, max_tokens=outputs, ignore_eos=True, seed=case.seed, logprobs=0)
+    drawn = SamplingParams(**SEEDED, max_tokens=outputs, ignore_eos=True, seed=case.seed)
     tokens, logprobs = _generate(engine, case.prompt, greedy)
     seeded, _ = _generate(engine, case.prompt, drawn)
     second, _ = _generate(engine, (*case.prompt, *tokens, *case.reply), greedy)

@@ -117,7 +117,7 @@ def _spec(setting: Setting, cell: Cell, cases: Sequence[Case], disk: str) -> Clu
         **(_SIM_TIMING if setting.engine == "sim" else {}),
     }
     base = {"engine": setting.engine, "model": setting.model}
-    router = {"disaggregate": "always", **dict.fromkeys(_TIMEOUTS, _TIMEOUT_S)}
+    router = {"disaggregate": "always", "breaker.slow_ms": 1000 * _TIMEOUT_S, **dict.fromkeys(_TIMEOUTS, _TIMEOUT_S)}
     if not setting.store:
         return ClusterSpec(
             engine=setting.engine, model=setting.model, worker=worker, router=router, start_timeout_s=_TIMEOUT_S
