@@ -61,7 +61,7 @@ def schema() -> Schema:
     _, definitions = msgspec.json.schema_components(
         [RouterConfig, WorkerConfig, KvstoreConfig], ref_template="#/$defs/{name}"
     )
-    budget = {"podDisruptionBudget": shape(minAvailable=QUANTITY, maxUnavailable=QUANTITY)}
+    budget = {"podDisruptionBudget": shape(minAvailable=QUANTITY, maxUnavailable=QUANTITY), "minReadySeconds": COUNT}
     worker = component(WorkerConfig, replicaCount=COUNT, sharedMemory=TEXT, **budget)
     service = shape(type={"enum": ["ClusterIP", "NodePort", "LoadBalancer"]}, annotations=TEXTS)
     gpus_elsewhere = {"not": {"pattern": "/gpu$"}}

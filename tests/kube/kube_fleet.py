@@ -37,9 +37,10 @@ class Played:
     async def watch(self) -> AsyncGenerator[frozenset[str]]:
         async with aclosing(self._discovery.watch()) as changes:
             async for addresses in changes:
-                played = frozenset([(await self._fleet.player(address)).address for address in addresses])
+                for address in addresses - self.known:
+                    await self._fleet.play(address)
                 self.known = addresses
-                yield played
+                yield frozenset(self._fleet.players[address].address for address in addresses)
 
 
 class KubeFleet:
@@ -78,27 +79,30 @@ class KubeFleet:
         for worker in self.players.values():
             await worker.stop()
 
-    async def player(self, address: str) -> Worker:
-        """The worker that plays the pod at an address; made when it is first heard of."""
-        if address not in self.players:
-            name, role = await asyncio.to_thread(self._pod_at, address.rpartition(":")[0])
-            config = WorkerConfig(
-                worker_id=name,
-                engine="sim",
-                num_blocks=512,
-                sim=SimConfig(timing="fixed", decode_ms=STEP_MS),
-                drain_timeout_s=5,
-            )
-            worker = Worker(config, role, build_engine)
-            await worker.start()
-            self.players[address] = worker
-        return self.players[address]
+    async def play(self, address: str) -> None:
+        """Have a worker play the pod that is at an address now: a new pod soon gets the address of one that is gone."""
+        name, role = await asyncio.to_thread(self._pod_at, address.rpartition(":")[0])
+        before = self.players.get(address)
+        if before is not None and before.info.worker_id == name:
+            return
+        if before is not None:
+            await before.stop()
+        config = WorkerConfig(
+            worker_id=name,
+            engine="sim",
+            num_blocks=512,
+            sim=SimConfig(timing="fixed", decode_ms=STEP_MS),
+            drain_timeout_s=5,
+        )
+        worker = Worker(config, role, build_engine)
+        await worker.start()
+        self.players[address] = worker
 
     def _pod_at(self, ip: str) -> tuple[str, Role]:
         """Looked up in the slices, like all else that the router's side knows here; the API server may be slow."""
         for each in self._cluster.get("endpointslices"):
             for endpoint in each["endpoints"] or ():
-                if ip in endpoint["addresses"]:
+                if ip in endpoint["addresses"] and not endpoint["conditions"].get("terminating"):
                     labels = each["metadata"]["labels"]
                     return endpoint["targetRef"]["name"], Role(labels["app.kubernetes.io/component"])
         raise AssertionError(f"no endpoint has {ip}")

@@ -81,7 +81,7 @@ def test_values_and_schema_have_the_same_keys():
     schema = json.loads((CHART / "values.schema.json").read_text())["properties"]
     assert set(schema) - {"global"} == set(default)
     for name in CONFIGS:
-        unset = {"podDisruptionBudget", "sharedMemory"} if name == "kvstore" else set()
+        unset = {"podDisruptionBudget", "sharedMemory", "minReadySeconds"} if name == "kvstore" else set()
         assert set(schema[name]["properties"]) - unset == set(default[name]), name
 
 

@@ -7,7 +7,10 @@ from kube_tools import CHART, ToolFailed, wait_for
 
 pytestmark = pytest.mark.kube
 
-PLAIN = ("--set", "allowPlaintext=true")
+PLAIN = (
+    "--set", "allowPlaintext=true",
+    "--set", "router.minReadySeconds=0,prefill.minReadySeconds=0,decode.minReadySeconds=0",
+)  # fmt: skip
 KINDS = (
     "deployments,daemonsets,services,configmaps,serviceaccounts,roles,rolebindings,poddisruptionbudgets,networkpolicies"
 )

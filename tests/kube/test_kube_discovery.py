@@ -18,11 +18,17 @@ from router.discovery.slice_api import Expired, SliceApi
 pytestmark = [pytest.mark.kube, pytest.mark.timeout(240)]
 
 
+VALUES = (
+    "--set", "allowPlaintext=true,decode.replicaCount=2,router.minReadySeconds=0",
+    "--set", "prefill.minReadySeconds=1,decode.minReadySeconds=1",
+    "--set", "decode.podAnnotations.test/ends-after=3s",
+)  # fmt: skip
+
+
 @pytest.fixture
 async def fleet(cluster):
     """One prefill and two decode pods, whose end takes three seconds."""
-    slow_end = ("--set", r"decode.podAnnotations.test/ends-after=3s")
-    cluster.install("pd", "--set", "allowPlaintext=true", "--set", "decode.replicaCount=2", *slow_end)
+    cluster.install("pd", *VALUES)
     async with KubeFleet(cluster) as fleet:
         await fleet.until_knows(3)
         await fleet.until_ready()
@@ -72,6 +78,16 @@ async def test_a_pod_that_is_not_ready_gets_nothing_new_until_it_is(fleet, clust
     set_ready("True")
     await fleet.until(lambda: pod in fleet.ready_links())
     assert pod in await fleet.ask_many(20)
+
+
+async def test_a_rolling_upgrade_under_load_loses_no_request(fleet, cluster):
+    load = Load(fleet, streams=6)
+    before = fleet.ready_links()
+    changed = ("--set", "prefill.config.chunk_tokens=256", "--set", "decode.config.max_num_seqs=8")
+    await asyncio.to_thread(cluster.install, "pd", *VALUES, *changed)
+    await fleet.until(lambda: len(fleet.ready_links()) == 3 and not before & fleet.ready_links())
+    assert await load.some_more(24) == fleet.ready_links()
+    await load.stop()  # each request was answered in full
 
 
 @pytest.mark.parametrize("victim", ["kube-apiserver", "etcd"])

@@ -21,6 +21,7 @@ spec:
   {{- if not (kindIs "invalid" $values.replicaCount) }}
   replicas: {{ $values.replicaCount }}
   {{- end }}
+  minReadySeconds: {{ $values.minReadySeconds }}
   strategy:
     {{- toYaml $values.strategy | nindent 4 }}
   selector:
