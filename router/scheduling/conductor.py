@@ -47,9 +47,12 @@ class ConductorRules:
     load_bound: float = 1.25
     """Times the mean of what the workers of a pool were given to compute lately: who had more gets nothing as long as
     another one can begin as soon."""
-    load_half_life_s: float = 60.0
+    load_half_life_s: float = 300.0
     load_slack_tokens: int = 8192
     """On top of the bound: one long prompt more than the others is no imbalance."""
+    reuse_weight: float = 2.0
+    """What a cached prefix counts for beyond the time that it saves this request, as a multiple of that time: whoever
+    waits behind gains it too, and the conversation's blocks stay together. 0: each request for itself."""
     alone_tokens: int = 256
     """An uncached suffix of at most so many tokens may run on a decode worker alone: a hand-over costs more."""
     patience_s: float = 1.5
@@ -137,7 +140,7 @@ class Conductor(Desk[WorkerT]):
             return self._without_prefill(ask, now)
         options = [self._option(ask, station, now, held) for station in pool]
         options, notes = self._bounded(options, now)
-        best = min(options, key=lambda option: (option.finish_s, option.station.recent_tokens))
+        best = min(options, key=self._cost)
         alone = self._alone_pays(ask, best, now)
         if alone is not None:
             return alone
@@ -148,6 +151,11 @@ class Conductor(Desk[WorkerT]):
             self._wakeup = at if self._wakeup is None else min(self._wakeup, at)
             return None
         return self._bind(ask, best, options, notes, now)
+
+    def _cost(self, option: Option[WorkerT]) -> tuple[float, float]:
+        """Equals go to who was given least to compute."""
+        saved = self._around.predictor.prefill_s(option.num_cached, 0) if option.num_cached else 0.0
+        return option.finish_s - self.rules.reuse_weight * saved, option.station.recent_tokens
 
     def _passing(self, role: Role, ask: Ask) -> list[Station[WorkerT]]:
         need = Need(role, ask.model, ask.num_prompt_tokens, ask.max_tokens)

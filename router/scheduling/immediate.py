@@ -16,7 +16,7 @@ from router.scheduling.stations import Station
 class Immediate(Desk[WorkerT]):
     """A `router.scheduling.base.Policy` over one profile a role."""
 
-    def __init__(self, around: Surroundings, profiles: dict[Role, Profile], half_life_s: float = 60.0) -> None:
+    def __init__(self, around: Surroundings, profiles: dict[Role, Profile], half_life_s: float = 300.0) -> None:
         super().__init__(around, profiles[Role.PREFILL].standing, half_life_s)
         self._profiles = profiles
         self._scheduler: Scheduler[Station[WorkerT]] = Scheduler(profiles)
