@@ -10,7 +10,7 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 "${pip[@]}" install --editable '.[mooncake]'
 "${pip[@]}" install --no-deps nixl==1.5.1 nixl-cu12==1.5.1
-if ! ldconfig -p | grep -q libibverbs.so.1; then
+if ! ldconfig -p | grep libibverbs.so.1 >/dev/null; then  # not grep -q: it would end ldconfig, and pipefail tells
     as_root apt-get update -qq
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libibverbs1 >/dev/null
 fi
