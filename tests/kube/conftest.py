@@ -33,7 +33,9 @@ def tools():
 def any_cluster(tools):
     if not os.environ.get("KUBECONFIG"):
         _missing("no cluster: KUBECONFIG is not set")
-    return Cluster(tools, os.environ["KUBECONFIG"])
+    cluster = Cluster(tools, os.environ["KUBECONFIG"])
+    with cluster.heartbeats():
+        yield cluster
 
 
 @pytest.fixture
