@@ -136,12 +136,15 @@ class Fetcher:
         return bool(address) and not own and self._peers.available(address)
 
     def drop(self, job: Job) -> None:
-        """The request has ended: stop what is under way. Unknown jobs are ignored."""
+        """The request has its prompt, or has ended: stop what is under way, hold nothing for it. Other jobs are
+        ignored."""
         fetch = self._fetches.get(job.key)
         if fetch is not None and fetch.task is not None and not fetch.dropped:
             fetch.dropped = True
             fetch.stop.set()
             fetch.task.cancel()
+        elif fetch is None:
+            self._let_go(job)
 
     async def stop(self) -> None:
         """End every fetch, wait until no thread writes any more."""
@@ -170,8 +173,15 @@ class Fetcher:
     def _ended(self, fetch: Fetch, task: asyncio.Task[None]) -> None:
         """Nothing writes for it any more."""
         del self._fetches[fetch.job.key]
-        if not fetch.submitted and not fetch.dropped:
+        if fetch.dropped:
+            self._let_go(fetch.job)
+        elif not fetch.submitted:
             self._submit(fetch.job)
+
+    def _let_go(self, job: Job) -> None:
+        """It takes no more of what was filled for it; not every engine knows by itself."""
+        if job.fetched_from:
+            self._engine.post(partial(drop_fill, job.key))
 
     def _recompute(self, error: PdserveError) -> None:
         log.info("a prompt is computed, not fetched: %s", error.message, extra={"reason": error.reason})

@@ -246,7 +246,6 @@ class JobTable:
     def _end(self, job: Job) -> None:
         """Forget a request that has not run to its end, and free what it holds."""
         self._forget(job)
-        self.store.drop(job)
         if job.phase is Phase.PREFILL:
             self.exports.drop(job)
         elif job.phase is Phase.DECODE and not job.resumed:
@@ -256,6 +255,7 @@ class JobTable:
 
     def _forget(self, job: Job) -> None:
         del self._jobs[job.key]
+        self.store.drop(job)
         self.store.ended(job.key)
         for choice in job.open_choices:
             self._choices.pop(choice, None)
@@ -344,6 +344,7 @@ class JobTable:
     def _prompt_done(self, job: Job, stats: PromptStats) -> None:
         self._count_prompt(job, stats)
         job.work_done = True
+        self.store.drop(job)  # computed sooner than fetched: nobody would take what comes now
         job.session.add_prompt(replace(stats, handle=stats.handle & HANDLE_MASK))
         if job.phase is Phase.PREFILL:
             job.prefilled = True

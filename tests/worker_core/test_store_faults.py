@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from session_client import Reply, RouterSession
 from worker_pair import expected, make_request, sim_builder, until, until_free
-from worker_stores import Node, metric, run, running_node
+from worker_stores import Node, joined, metric, run, running_node, store_of
 
 from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.sim import SimEngineConfig
@@ -38,6 +38,22 @@ class Held:
 
     async def reached(self) -> None:
         assert await asyncio.to_thread(self.arrived.wait, 20), "nothing came"
+
+
+class LateOpen:
+    """Lets the n-th fill that a worker's fetcher opens wait for `open`."""
+
+    def __init__(self, worker: Worker, call: int) -> None:
+        self.open, self.reached = asyncio.Event(), False
+        self._real, self._left = worker.store.fetcher._open, call
+        worker.store.fetcher._open = self
+
+    async def __call__(self, *arguments: object) -> object:
+        self._left -= 1
+        if self._left == 0:
+            self.reached = True
+            await self.open.wait()
+        return await self._real(*arguments)
 
 
 @asynccontextmanager
@@ -197,7 +213,7 @@ async def test_a_cancel_stops_the_read_and_frees_everything(phase: Phase) -> Non
         assert len(worker.store.fetcher) == 1, "a thread still writes into its blocks"
         gate.open.set()
         await until_free(worker)
-        assert not len(node.store.parts.dram.leases)
+        await until(lambda: not len(node.store.parts.dram.leases))
         again = await node.run(1, request)
         assert (again.tokens, again.fetched) == (expected(request), 39 * 16)
 
@@ -406,4 +422,23 @@ async def test_a_tail_that_does_not_come_is_computed_or_freed(end: str) -> None:
         gate.open.set()
         if end == "fail":
             assert await reply.result() == expected(request)
+        await until_free(*node.workers)
+
+
+async def test_a_prompt_that_is_computed_sooner_than_its_tail_is_fetched_leaves_nothing_held() -> None:
+    """Through a staging area the tail comes in several fills: what would come after the prompt's end is not begun."""
+    core = CoreConfig(num_blocks=256, chunk_tokens=64, max_num_batched_tokens=256, staging_blocks=8)
+    device = sim_builder(SimEngineConfig(core=core, host_memory=False))
+    async with store_of() as kvstore, joined(kvstore, 2, device, store_fetch="auto", chunk_tokens=64) as node:
+        request = make_request("known", length=640)
+        await node.run(0, request)
+        await node.stored(39)
+        worker = node.workers[1]
+        worker.store.planner.prefill_s_per_token.add(0.001)
+        worker.store.planner.observe_read("dram", 1 << 20, (1 << 20) * 0.016 / 256)
+        gate = LateOpen(worker, call=2)
+        assert await begin(node.routers[1], request).result() == expected(request)
+        assert gate.reached
+        gate.open.set()
+        await until(lambda: not len(worker.store.fetcher))
         await until_free(*node.workers)
