@@ -4,7 +4,8 @@ The whole queue is planned by predicted finish: for every prefill worker the wai
 prefix that it has, one that it fetches from a store, and computing anew. What can start now is bound; the rest stays in
 the queue, each ask counted on the worker that it waits for, so that ten turns of one system prompt don't all wait for
 the same warm worker. So a worker never idles while an ask waits, unless that ask is predicted to finish sooner by
-waiting for a busy worker with a warm cache.
+waiting for a busy worker with a warm cache. Short prompts are not served one by one where a step has a price of its
+own: they are bound together until one step of theirs costs little more a token than a full one.
 
 Decode is chosen with it: transfer (next to our own under way), the time of the tokens to come, and room (NetKV,
 arXiv 2606.03910). A short uncached suffix goes to a decode worker alone, as does all when pairs don't pay.
@@ -127,6 +128,8 @@ class Conductor(Desk[WorkerT]):
             decision = self._consider(entry[3], now, held)
             if decision is not None:
                 decisions.append(decision)
+        if self._queue and self._wakeup is None:
+            self._wakeup = now  # all that were planned are placed: on with those behind
         return decisions
 
     def _consider(self, ask: Ask, now: float, held: dict[str, float]) -> Decision[WorkerT] | None:
@@ -144,13 +147,18 @@ class Conductor(Desk[WorkerT]):
         alone = self._alone_pays(ask, best, now)
         if alone is not None:
             return alone
-        if best.wait_s > self.rules.lead_s + TICK_S / 2:
-            name = best.station.info.worker_id
+        name = best.station.info.worker_id
+        if best.wait_s > self.rules.lead_s + TICK_S / 2 and (name in held or not self._shares_step(ask, best, now)):
             held[name] = held.get(name, 0.0) + best.fetch_s + best.prefill_s
             at = now + max(best.wait_s - self.rules.lead_s, TICK_S)
             self._wakeup = at if self._wakeup is None else min(self._wakeup, at)
             return None
         return self._bind(ask, best, options, notes, now)
+
+    def _shares_step(self, ask: Ask, option: Option[WorkerT], now: float) -> bool:
+        """Held back, short prompts would be computed one by one where one step could take them all."""
+        num_new = ask.num_prompt_tokens - option.num_cached
+        return option.station.shares_step(num_new, now, self.rules.lead_s + TICK_S / 2)
 
     def _cost(self, option: Option[WorkerT]) -> tuple[float, float]:
         """Equals go to who was given least to compute."""

@@ -14,6 +14,11 @@ PACE_WEIGHT = 0.1
 PACE_BOUNDS = (0.1, 10.0)
 """One observation counts at most this much: a stalled process must not be remembered as a slow one."""
 
+SMALL_STEP_LOSS = 1.25
+"""Times what a token costs in a full step: steps whose tokens cost more are too small, prompts should share them."""
+FULL_STEP_TOKENS = 8192
+UNBOUNDED_TOKENS = 1 << 30
+
 CONTEXT_GRAIN = 1024
 """Tokens of context that make no difference to a forecast: so that forecasts can be remembered."""
 
@@ -42,6 +47,9 @@ class Predictor:
         self.prefill_s = lru_cache(maxsize=8192)(self._prefill_s)
         """(new tokens, cached tokens before them) -> seconds, alone on a worker. Cached: candidates ask alike."""
         self._decode_s = lru_cache(maxsize=8192)(self._decode_step_s)
+        self.shared_tokens = self._shared_tokens()
+        """A step of fewer tokens is too small: another short prompt costs less in it than in a step of its own. 1: no
+        step is, tokens are all that costs."""
 
     def _prefill_s(self, num_new: int, num_cached: int) -> float:
         total_ms, start, left = 0.0, num_cached, num_new
@@ -51,6 +59,20 @@ class Predictor:
             start += tokens
             left -= tokens
         return total_ms / 1000
+
+    def _shared_tokens(self) -> int:
+        """The smallest step of tiny prompts whose tokens cost about what they cost in a full one."""
+        limit = SMALL_STEP_LOSS * self.step_s(FULL_STEP_TOKENS) / FULL_STEP_TOKENS
+        if limit <= 0:  # the model knows nothing of time
+            return UNBOUNDED_TOKENS
+        tokens = 1
+        while tokens < FULL_STEP_TOKENS and self.step_s(tokens) > limit * tokens:
+            tokens += max(1, tokens // 16)
+        return tokens
+
+    def step_s(self, num_tokens: int) -> float:
+        """One step of so many tokens of short prompts."""
+        return self._timing.step_ms(StepWork(num_tokens, num_tokens)) / 1000
 
     def itl_s(self, num_seqs: int, num_context_tokens: int) -> float:
         """Between two tokens of a batch that attends to so many tokens in all, give or take `CONTEXT_GRAIN`."""

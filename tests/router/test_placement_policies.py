@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvstore.index.base import NodeReach
-from pdserve.engine.timing import LinearTiming
+from pdserve.engine.timing import LinearTiming, StepWork
 from pdserve.errors import ConfigError, NoWorker
 from pdserve.types import ModelInfo, Role, WorkerInfo
 from router.scheduling.base import Ask, NoPrefixes, Outstanding
@@ -23,6 +23,8 @@ from router.scheduling.policies import BASELINES, NAMES, make_policy
 MODEL = ModelInfo("m", "r", "t", 100_000, 1000, (0,))
 TIMING = LinearTiming(0.0, 0.1, 0.0, 10.0, 0.1, 0.0)
 """A thousand prompt tokens take 100 ms."""
+STEPPED = LinearTiming(20.0, 0.1, 0.0, 20.0, 0.1, 0.0)
+"""The same, and 20 ms for each step."""
 KEYS = bytes(range(16)) * 64
 
 
@@ -54,14 +56,14 @@ class Prefixes:
 class World:
     """A policy, its workers and a clock that tests move."""
 
-    def __init__(self, policy="conductor", prefill=2, decode=2, prefixes=None, rules=None, **link_rates):
+    def __init__(self, policy="conductor", prefill=2, decode=2, prefixes=None, rules=None, timing=TIMING, **link_rates):
         self.now = 0.0
         self.version = 1
         self.links = Links(LinkRates(**link_rates))
         self.prefixes = prefixes or NoPrefixes()
         self.workers = [worker(f"p{i}", Role.PREFILL) for i in range(prefill)]
         self.workers += [worker(f"d{i}", Role.DECODE) for i in range(decode)]
-        around = Surroundings(lambda: self.now, Predictor(TIMING, 512), self, self.links, 16)
+        around = Surroundings(lambda: self.now, Predictor(timing, 512), self, self.links, 16)
         self.policy = make_policy(policy, around, seed=1, rules=rules)
         self.asks = 0
 
@@ -121,6 +123,67 @@ def test_it_is_woken_just_before_a_worker_should_be_free_and_binds_then():
     world.now = wakeup
     assert len(world.decide()) == 1
     assert world.policy.next_wakeup() is None
+
+
+def test_short_prompts_share_a_step_as_long_as_it_is_too_small():
+    """A step costs 20 ms and 0.1 ms a token: up to 740 tokens, one step of several prompts is far cheaper than many."""
+    world = World(prefill=1, timing=STEPPED, rules=ConductorRules(alone_tokens=0, patience_s=100))
+    asks = [world.ask(tokens=100) for _ in range(20)]
+    first = world.decide()
+    assert [each.ask for each in first] == asks[:8]
+    station = next(each for each in world.policy.stations if str(each.worker) == "p0")
+    assert station.wait_s(0.0) == pytest.approx(STEPPED.step_ms(StepWork(800)) / 1000)
+    world.now = 0.01
+    second = world.decide()  # behind a small step: the worker has them when that ends
+    assert [each.ask for each in second] == asks[8:16]
+    world.now = 0.1
+    for each in first:
+        world.policy.prefilled(each.ask, 0)
+    assert station.prefill_pace.factor == pytest.approx(1.0)
+    world.now = 0.11
+    assert [each.ask for each in world.decide()] == asks[16:]
+    for ask in asks:
+        world.policy.ended(ask)
+    assert (station.own.num_prefill_tokens, station.num_prefills, station.wait_s(1.0)) == (0, 0, 0.0)
+
+
+def test_a_short_prompt_is_not_bound_behind_a_long_one_before_that_is_nearly_through():
+    world = World(prefill=1, timing=STEPPED, rules=ConductorRules(alone_tokens=0, patience_s=100))
+    world.ask(tokens=5120)
+    assert len(world.decide()) == 1
+    world.now = 0.01
+    short = [world.ask(tokens=100) for _ in range(3)]
+    assert world.decide() == []
+    world.now = world.policy.next_wakeup()
+    assert [each.ask for each in world.decide()] == short
+
+
+def test_nobody_overtakes_who_waits_for_the_same_worker():
+    world = World(prefill=1, timing=STEPPED, rules=ConductorRules(alone_tokens=0, patience_s=100))
+    world.ask(tokens=100)
+    assert len(world.decide()) == 1
+    world.now = 0.001
+    world.ask(tokens=5120)
+    world.ask(tokens=100)
+    assert world.decide() == []
+
+
+def test_where_only_tokens_cost_prompts_are_bound_one_by_one():
+    world = World(prefill=1, rules=ConductorRules(alone_tokens=0, patience_s=100))
+    asks = [world.ask(tokens=100) for _ in range(3)]
+    assert [each.ask for each in world.decide()] == asks[:1]
+
+
+def test_where_nothing_costs_time_all_are_bound_however_many():
+    world = World(prefill=1, timing=LinearTiming(0, 0, 0, 0, 0, 0), rules=ConductorRules(alone_tokens=0))
+    for _ in range(150):
+        world.ask(tokens=300)
+    num_bound = 0
+    while world.policy.num_waiting:
+        num_bound += len(world.decide())
+        if world.policy.num_waiting:
+            assert world.policy.next_wakeup() == world.now
+    assert num_bound == 150
 
 
 def test_a_warm_busy_worker_is_waited_for_when_that_is_sooner():
