@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import aclosing
 
 from pdserve.rpc import Tls
+from pdserve.tasks import end_task
 from pdserve.types import ModelInfo, Role
 from pdserve.wire.session import RouterHello
 from router.discovery import Discovery
@@ -61,8 +62,7 @@ class Fleet:
     async def close(self) -> None:
         """End every stream; the workers cancel what is left on them."""
         if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.wait([self._watcher])
+            await end_task(self._watcher)
         for keeper in [*self._keepers.values(), *self._retired.values()]:
             await keeper.close()
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pdserve.config import RegistryConfig
 from pdserve.errors import ConfigError
+from pdserve.tasks import end_task
 from pdserve.types import WorkerInfo
 
 if TYPE_CHECKING:
@@ -62,8 +63,7 @@ class Registration:
 
     async def _stop(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_task(self._task)
             self._task = None
 
     async def _renew(self) -> None:

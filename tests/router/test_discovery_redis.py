@@ -12,6 +12,7 @@ from redis_process import BINARY, RedisProcess
 
 from pdserve.config import RegistryConfig
 from pdserve.registry import Entry, WorkerList
+from pdserve.tasks import end_task
 from pdserve.types import Role
 from router.discovery.base import Backoff
 from router.discovery.redis_list import LastKnown, RedisDiscovery
@@ -50,8 +51,7 @@ class Followed:
         await self._until(lambda: self.sets and self.sets[-1] == set(addresses))
 
     async def close(self):
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        await end_task(self._task)
 
 
 @pytest.fixture
