@@ -21,7 +21,7 @@ from kvstore.node.client import StoreClient
 from kvstore.node.entries import Status
 from kvstore.transports.shm import SharedMemoryPool
 from pdserve.engine.base import PublishedBlocks
-from pdserve.errors import PdserveError, QuotaExceeded
+from pdserve.errors import PdserveError, QuotaExceeded, TicketRefused
 from pdserve.metrics import WorkerMetrics
 from pdserve.wire.store import Reserved
 from worker_core.engine_thread import EngineThread
@@ -98,6 +98,9 @@ class Publisher:
         self._numbers: dict[int, int] = {}
         """Number in `_due`, by `id` of the chain."""
         self._next = 0
+        self._unsure: set[bytes] = set()
+        """Sessions that may hold reservations of ours: their answers were lost. Nobody else would end them while this
+        process lives."""
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -194,11 +197,17 @@ class Publisher:
             return
         began = time.perf_counter()
         try:
+            await self._end_unsure(client)
             complete = await self._put(client, chain)
+        except QuotaExceeded as error:
+            self._drop(chain, error.reason)
+            return
         except PdserveError as error:
+            self._unsure.add(client.attached.session)
             self._failed(chain, error)
             return
         except Exception as error:
+            self._unsure.add(client.attached.session)
             log.error("storing blocks failed", exc_info=error)
             self._drop(chain, "internal_error")
             return
@@ -210,9 +219,17 @@ class Publisher:
     def _failed(self, chain: Chain, error: PdserveError) -> None:
         if error.reason == "deadline_exceeded":
             self._link.pause()
-        if not isinstance(error, QuotaExceeded):
-            log.info("blocks were not stored", extra={"reason": error.reason})
+        log.info("blocks were not stored", extra={"reason": error.reason})
         self._drop(chain, error.reason)
+
+    async def _end_unsure(self, client: StoreClient) -> None:
+        """No copy runs now, so what those sessions reserved is not written any more."""
+        for session in list(self._unsure):
+            try:
+                await client.abort_all(session)
+            except TicketRefused:
+                pass  # it holds nothing, or the store is another one
+            self._unsure.discard(session)
 
     async def _again(self, chain: Chain) -> None:
         """Another worker writes part of it right now, or the engine had no room to lend: once more, in a while."""

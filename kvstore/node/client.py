@@ -156,6 +156,11 @@ class StoreClient:
             request = wire.Abort(self.attached.session, reserved.reservation_id)
             await self._channel.call(wire.ABORT, request, timeout_s=CALL_TIMEOUT_S)
 
+    async def abort_all(self, session: bytes) -> None:
+        """The same for whatever this session of ours, perhaps an ended one, had reserved: its answers were lost.
+        Raises `TicketRefused` when it holds nothing (any more)."""
+        await self._channel.call(wire.ABORT, wire.Abort(session, 0), timeout_s=CALL_TIMEOUT_S)
+
     async def put(
         self,
         keys: Sequence[bytes],

@@ -184,13 +184,10 @@ class DramStore:
         return len(digests)
 
     def abort(self, reservation_id: int, client: str) -> None:
-        """The writer has stopped and will not commit. Idempotent."""
-        try:
-            reservation = self.reservations.known(reservation_id, client)
-        except TicketRefused:
-            return
-        self.reservations.close(reservation)
-        (self._free_slots if reservation.lapsed else self._give_back)(reservation)
+        """The writer has stopped and will not commit; 0: none of its reservations. Idempotent."""
+        for reservation in self.reservations.of(client, reservation_id):
+            self.reservations.close(reservation)
+            (self._free_slots if reservation.lapsed else self._give_back)(reservation)
 
     def _make_visible(self, reservation: Reservation, digests: Sequence[bytes], now: float) -> None:
         slots, names = reservation.slots, reservation.names

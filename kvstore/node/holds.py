@@ -113,6 +113,11 @@ class Reservations:
             raise TicketRefused("the reservation has ended or was never yours: reserve again")
         return reservation
 
+    def of(self, client: str, reservation_id: int) -> list[Reservation]:
+        """This one, or with 0 all, of the client's that have not ended."""
+        own = [reservation for reservation in self._open.values() if reservation.client == client]
+        return [reservation for reservation in own if reservation_id in (0, reservation.reservation_id)]
+
     def close(self, reservation: Reservation) -> None:
         """The writer has stopped; what becomes of the slots is the caller's business."""
         del self._open[reservation.reservation_id]

@@ -169,7 +169,7 @@ class StoreService:
         return wire.Committed(self._dram.commit(request.reservation_id, client, request.digests))
 
     async def abort(self, request: wire.Abort) -> wire.Done:
-        self._dram.abort(request.reservation_id, self._parts.sessions.name(request.session))
+        self._dram.abort(request.reservation_id, self._parts.sessions.name(request.session, to_stop=True))
         return wire.Done()
 
     # ---- care ----

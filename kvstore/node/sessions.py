@@ -53,11 +53,11 @@ class Sessions:
         """Its call ended: nothing more is granted to it; what it holds ends by time."""
         session.attached = False
 
-    def name(self, token: bytes, *, to_write: bool = False) -> str:
-        """What the pool knows the client as. Raises `TicketRefused` unless it is attached, `NotSupported` when it
-        wants to write from another host."""
+    def name(self, token: bytes, *, to_write: bool = False, to_stop: bool = False) -> str:
+        """What the pool knows the client as. Raises `TicketRefused` unless it is attached (or wants `to_stop`, which
+        it may tell of afterwards, too), `NotSupported` when it wants to write from another host."""
         session = self._by_token.get(token)
-        if session is None or not session.attached:
+        if session is None or not (session.attached or to_stop):
             raise TicketRefused("no such session here (the store restarted, or the Attach call ended): attach again")
         if to_write and not session.local:
             raise NotSupported("a store is written from its own node only: put the blocks in yours")

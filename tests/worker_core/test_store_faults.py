@@ -356,6 +356,44 @@ async def test_a_store_that_dies_while_blocks_are_copied_costs_nothing() -> None
         await until_free(worker)
 
 
+@pytest.mark.parametrize("lost", ["session", "answer"])
+async def test_slots_that_were_reserved_when_the_answer_was_lost_come_back(lost: str) -> None:
+    """The store cannot know that this process, which lives, writes there no more: it must be told."""
+    async with running_node(workers=1) as node:
+        worker, reservations = node.workers[0], node.store.parts.dram.reservations
+        client = worker.store.link.client
+        assert client is not None
+        if lost == "session":
+            gate = Held(client, "write_slots")
+            answer = asyncio.create_task(node.run(0, make_request("a", length=320)))
+            await gate.reached()
+            client.lost.cancel()
+            await until(lambda: worker.store.link.client not in (None, client))
+            gate.open.set()
+            await answer
+        else:
+            losing(client, "reserve")
+            await node.run(0, make_request("a", length=320))
+        await until(worker.store.publisher._idle.is_set)
+        assert len(reservations) == (lost == "answer"), "nobody but the writer can end it"
+        worker.store.link._paused_until = 0.0
+        await node.run(0, make_request("b", length=320))
+        await until(lambda: len(node.store.parts.dram.entries) >= 20 and not len(reservations))
+        node.store.parts.dram.check_integrity()
+
+
+def losing(client: object, name: str) -> None:
+    """The next call's answer does not come."""
+    real = getattr(client, name)
+
+    async def call(*arguments: object, **keywords: object) -> None:
+        setattr(client, name, real)
+        await real(*arguments, **keywords)
+        raise DeadlineExceeded("the answer was lost")
+
+    setattr(client, name, call)
+
+
 async def test_a_store_too_slow_for_what_is_computed_gets_the_newest() -> None:
     async with running_node(workers=1, store_backlog_blocks=30) as node:
         worker = node.workers[0]
