@@ -351,7 +351,9 @@ class AbortRequest(google.protobuf.message.Message):
     SESSION_FIELD_NUMBER: builtins.int
     RESERVATION_ID_FIELD_NUMBER: builtins.int
     session: builtins.bytes
+    """May have ended."""
     reservation_id: builtins.int
+    """0: all that the session has reserved."""
     def __init__(
         self,
         *,
