@@ -211,7 +211,7 @@ def table(result: dict[str, Row]) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--trace", type=Path, default=TRACE)
-    parser.add_argument("--fleets", nargs="+", default=list(FLEETS), metavar="xPyD")
+    parser.add_argument("--fleets", nargs="*", default=list(FLEETS), metavar="xPyD")
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=ROWS)
     parser.add_argument("--limit", type=int, default=0, help="only the first requests of the trace")
     parser.add_argument("--peer", type=Path, default=PEER, help="a Python that has ai-dynamo")
