@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kvstore.handover.verify import DigestPolicy, PoolDescriptor
 from kvstore.transports.base import Peer
-from pdserve.errors import HandoverError
+from pdserve.errors import HandoverError, PdserveError, PeerLost
 from pdserve.rpc import Channel, Tls
 from pdserve.types import KVTicket
 from pdserve.wire.handover import Bound
@@ -71,9 +71,16 @@ class Peers:
             self._sources[key] = connecting
         try:
             return await asyncio.shield(connecting)
-        except HandoverError:
-            self._sources.pop(key, None)
-            raise
+        except asyncio.CancelledError:
+            if not connecting.cancelled():
+                raise
+            raise PeerLost("the exporter was lost while it was being met") from None
+        except Exception as error:
+            if self._sources.get(key) is connecting:
+                del self._sources[key]  # tried anew by the next request
+            if isinstance(error, PdserveError):
+                raise
+            raise HandoverError(f"connecting failed: {type(error).__name__}: {error}") from error
 
     async def _connect(self, key: _SourceKey) -> Source:
         self._port.refresh_tls()

@@ -324,6 +324,22 @@ async def test_relayed_bytes_that_cannot_be_read_end_the_request(field: str) -> 
         await _fails(pair, handed, ProtocolMismatch)
 
 
+async def test_a_connection_that_breaks_in_an_unforeseen_way_is_tried_anew_by_the_next_request() -> None:
+    async with running_pair(["shm"]) as pair:
+        transport = pair.decode_worker.port.transports["shm"]
+        connect = transport.connect
+
+        def breaks(descriptor: bytes) -> None:
+            transport.connect = connect
+            raise OSError(12, "no memory to map it")
+
+        transport.connect = breaks
+        error = await _fails(pair, pair.start(make_request()), HandoverError)
+        assert "no memory" in error.message
+        request = make_request()
+        assert await pair.run(request) == expected(request)
+
+
 async def test_workers_without_a_common_transport_say_so() -> None:
     async with running_pair(["shm"], prefill_overrides={"transports": ["tcp"]}) as pair:
         error = await _fails(pair, pair.start(make_request()), HandoverError)
