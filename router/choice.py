@@ -101,6 +101,12 @@ class Choice:
         else:
             self._deliver((), (), finish)
 
+    def forget_early(self) -> None:
+        """Its worker is lost: the next one gives anew what did not follow yet, and maybe not the same."""
+        self._early.clear()
+        self._late_finish = None
+        self._plain = self._stops is None and not self.ended
+
     def _take_any(
         self, first_index: int, token_ids: Sequence[int], logprobs: Sequence[Logprobs], finish: Finish | None
     ) -> None:
@@ -125,7 +131,7 @@ class Choice:
         first_index = min(self._early)
         if first_index <= self.num_tokens:
             self._take_any(first_index, *self._early.pop(first_index))
-        self._plain = self._stops is None and not self._early
+        self._plain = self._stops is None and not self._early and not self.ended
         if not self._early and self._late_finish is not None:
             self.end(self._late_finish)
 

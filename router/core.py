@@ -175,7 +175,8 @@ class RouterCore:
     def _admit(self, served: ServedModel, priority: int) -> None:
         """A full queue gives up its least important request for a more important one."""
         waiting = sum([each.placer.num_waiting for each in self.served])
-        if waiting >= self.options.max_waiting and (least := served.placer.least_important(priority)) is not None:
+        full = waiting >= self.options.max_waiting and not self.admission.draining
+        if full and (least := served.placer.least_important(priority)) is not None:
             message = "a more important request took its place in the queue"
             queue_s = served.placer.wait_s(least.request.priority)
             least.fail(Overloaded(message, leg="queue", retry_after_s=max(MIN_RETRY_AFTER_S, queue_s)))

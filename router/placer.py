@@ -205,10 +205,10 @@ class Placer:
         ask = self._asks.pop(active, None)
         if ask is None:
             return
-        link = active.record.last.link if active.record.last is not None else None
-        if self._waiting.pop(ask, None) is None and link is not None:
-            self.breakers.unbound(*link)
-        self.policy.ended(ask, active.num_output_tokens)
+        last = active.record.last
+        if self._waiting.pop(ask, None) is None and last is not None and last.link is not None:
+            self.breakers.unbound(*last.link)
+        self.policy.ended(ask, active.num_output_tokens - (last.num_prior_tokens if last is not None else 0))
 
     # ---- the policy ----
 

@@ -77,7 +77,8 @@ class ActiveRequest:
         self._num_rebound = 0
         self._held: list[Announcement] | None = None
         """What prefill announced while another decode worker is looked for; None: there is one."""
-        self._held_outputs: tuple[FirstOutput, ...] = ()
+        self._first_outputs: tuple[FirstOutput, ...] = ()
+        """What this attempt's prefill has sampled, once it has: each decode worker that takes over is told."""
         self._progress = -1
         self._failure: PdserveError | None = None
         """Of its last attempt."""
@@ -161,7 +162,10 @@ class ActiveRequest:
         self.error = error
         self.record.leg = error.leg or ""
         self._end(error.reason)
-        self._sink.on_error(error)
+        try:
+            self._sink.on_error(error)
+        except Exception as fault:  # noqa: BLE001 - who failed it may have others to tell: a lost link, the deadlines
+            self._around.loop.call_exception_handler({"message": "telling an error failed", "exception": fault})
 
     @property
     def num_output_tokens(self) -> int:
@@ -209,11 +213,10 @@ class ActiveRequest:
         self._set_clock("decode")
 
     def on_prefilled(self, outputs: tuple[FirstOutput, ...]) -> None:
+        self._first_outputs = outputs
         if self.attempt.num_cached_tokens is None:
             self._around.placing.prefilled(self, None)
-        if self._held is not None:
-            self._held_outputs = outputs
-        elif self._decode is not None:
+        if self._decode is not None:
             self._decode.link.relay(self._decode.handle, outputs=outputs)
             self._set_clock("transfer")
 
@@ -272,9 +275,8 @@ class ActiveRequest:
         self.attempt.rebound(decision)
         for announcement in held:
             leg.link.relay(leg.handle, ticket=announcement.ticket, manifests=announcement.manifests)
-        if self._held_outputs:
-            outputs, self._held_outputs = self._held_outputs, ()
-            self.on_prefilled(outputs)
+        if self._first_outputs:
+            self.on_prefilled(self._first_outputs)
 
     # ---- a leg that failed ----
 
@@ -296,6 +298,8 @@ class ActiveRequest:
             return
         self._close_attempt(error.reason)
         self._let_go(over=False)
+        for choice in self.choices:
+            choice.forget_early()
         self._set_clock("queue")
         self._around.placing.again(self)
 
@@ -319,7 +323,7 @@ class ActiveRequest:
             if leg is not None:
                 leg.forget() if over else leg.cancel()
         self._prefill = self._decode = self._running = self._held = None
-        self._held_outputs = ()
+        self._first_outputs = ()
 
     # ---- news from the choices ----
 
@@ -386,14 +390,10 @@ class ActiveRequest:
         self._let_go(over=self._running is not None and not still_runs)
         record = self.record
         record.outcome = outcome
-        record.finish_reasons = tuple([_name(choice) for choice in self.choices])
+        record.finish_reasons = tuple([each.reason.name.lower() if each.reason else "" for each in self.choices])
         record.num_output_tokens = self.num_output_tokens
         record.ended_s = self._age()
         if record.attempts and not record.attempts[-1].outcome:
             self._close_attempt(outcome)
         self._around.placing.ended(self)
         self._around.on_end(self)
-
-
-def _name(choice: Choice) -> str:
-    return "" if choice.reason is None else choice.reason.name.lower()

@@ -151,6 +151,27 @@ async def test_eos_is_not_reported_as_a_stop_that_was_asked_for(sink):
     assert got.finishes[0] == (FinishReason.STOP, None)
 
 
+async def test_what_came_too_early_from_a_lost_worker_is_forgotten_with_it(sink):
+    choice, got, owner = make(sink)
+    choice.take(0, (10,), (), None)
+    choice.take(2, (12,), (), None)
+    choice.end(end(3))
+    choice.forget_early()
+    choice.take(1, (13,), (), None)
+    choice.take(2, (14,), (), end(3))
+    assert got.token_ids[0] == [10, 13, 14]
+    assert owner.ends == [False]
+
+
+async def test_nothing_comes_after_an_end_that_came_too_early(sink):
+    choice, got, owner = make(sink)
+    choice.take(1, (11,), (), end(2))
+    choice.take(0, (10,), (), None)
+    choice.take(2, (12,), (), None)
+    assert got.token_ids[0] == [10, 11]
+    assert owner.ends == [False]
+
+
 async def test_nothing_comes_after_the_end(sink):
     choice, got, owner = make(sink)
     choice.take(0, (10,), (), end(1))

@@ -7,7 +7,7 @@ import pytest
 
 from pdserve.engine.sim import expected_tokens
 from pdserve.engine.timing import LinearTiming
-from pdserve.errors import DeadlineExceeded, ModelNotFound, NoWorker, Overloaded, WorkerLost
+from pdserve.errors import DeadlineExceeded, Draining, ModelNotFound, NoWorker, Overloaded, WorkerLost
 from pdserve.types import Role
 from pdserve_cli import explain
 from router.surroundings import Timeouts
@@ -257,6 +257,10 @@ async def test_a_full_queue_refuses_with_a_time_to_come_back(house, sink, incomi
     core.submit(replace(incoming("y" * 300), priority=-1), urgent)
     assert isinstance(sinks[2].error, Overloaded)  # the newest of the less important made room
     assert core.served[0].placer.num_waiting == 2
+    core.admission.draining = True
+    with pytest.raises(Draining):
+        core.submit(replace(incoming("x" * 300), priority=-2), sink())
+    assert core.served[0].placer.num_waiting == 2  # nobody gave way to what is refused anyway
 
 
 async def test_a_session_stays_on_its_worker(house, sink, incoming):

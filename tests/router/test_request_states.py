@@ -332,6 +332,46 @@ def test_what_prefill_says_meanwhile_reaches_the_new_decode_worker():
     assert len(house.active.record.attempts) == 1
 
 
+def test_a_first_token_that_went_to_a_lost_decode_worker_is_told_the_next_one_too():
+    """A prompt of one chunk may be through before anything of it is announced."""
+
+    async def go():
+        house = House(1, alone=False, stop=False, retries=1)
+        house.prefill_gives(0, PLAIN_TOKEN, None)
+        house.read()
+        house.decode.lose()
+        house.decode = FakeWorker(Role.DECODE)
+        house.workers = (house.prefill, house.decode)
+        assert house.active.rebinding
+        house.places.run()
+        announce(house)
+        house.read()
+        assert [output.token_ids for output in house.decode.outputs] == [(PLAIN_TOKEN,)]
+        house.decode_gives(0, PLAIN_TOKEN, FinishReason.LENGTH)
+        return house
+
+    house = asyncio.run(go())
+    assert (house.client.done, house.client.error, house.client.tokens) == (True, None, {0: 2})
+
+
+def test_a_client_that_cannot_be_told_its_error_costs_nobody_else():
+    async def go():
+        house, faults = House(1, alone=False, stop=False), []
+        house.clock.call_exception_handler = faults.append
+        house.client.on_error = lambda error: 1 / 0
+        other = House(1, alone=False, stop=False)
+        for leg in house.prefill.link._legs.values():
+            other.prefill.link._legs = {1000: leg} | other.prefill.link._legs
+        other.prefill.lose()
+        return house, other, faults
+
+    house, other, faults = asyncio.run(go())
+    assert house.active.done
+    assert len(house.ends) == 1
+    assert other.client.error.reason == "worker_lost"
+    assert len(faults) == 1
+
+
 def test_prefill_may_be_lost_while_a_decode_worker_is_looked_for():
     async def go():
         house = house_without_decode()
