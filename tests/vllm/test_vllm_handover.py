@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
-from vllm_pair import BUDGET, MAX_LEN, Driven, Pair, make_request, renamed
+from vllm_pair import BUDGET, MAX_LEN, Driven, Pair, before_vllm_has_it, make_request, renamed
 
 from pdserve.errors import (
     ContextLengthExceeded,
@@ -181,24 +182,19 @@ def test_fail_ends_the_request_with_the_reason(pair: Pair, spoil: str, error: ty
     reverse = Pair(pair.decode, pair.prefill)
     request = make_request(f"fails {spoil}", 180)
 
+    def reuse(block: int) -> None:
+        reverse.decode.pool.generations[block] += 1
+
     def damage(handle: int) -> None:
         target = reverse.decode.engine.import_blocks(handle, 0, 180)
         if spoil == "bytes":
             spoil_byte(reverse.decode, handle, 3)
             return
-        original = reverse.decode.engine._submit_job
-
-        def reuse_then_read(*arguments: object) -> None:
-            original(*arguments)
-            reverse.decode.pool.generations[target.blocks[3]] += 1
-
-        reverse.decode.engine._submit_job = reuse_then_read
+        reused.enter_context(before_vllm_has_it(reverse.decode, lambda: reuse(target.blocks[3])))
 
     d = reverse.decode._next_handle
-    try:
+    with ExitStack() as reused:
         reverse.run(request, before_resume=damage)
-    finally:
-        vars(reverse.decode.engine).pop("_submit_job", None)
     finish = reverse.decode.finishes[d]
     assert finish.reason is FinishReason.ERROR
     assert isinstance(finish.error, error)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import pytest
-from vllm_pair import BUDGET, MAX_LEN, Driven, Pair, keys_of, make_request, renamed
+from vllm_pair import BUDGET, MAX_LEN, Driven, Pair, before_vllm_has_it, keys_of, make_request, renamed
 
 from pdserve.engine.vllm.news import ELSEWHERE
 from pdserve.errors import DigestMismatch, HandoverError, StaleBlock
@@ -197,17 +197,8 @@ def test_a_bad_block_of_a_store_fails_the_request_if_so_configured(
     handle = engine._next_handle
     target = engine.fill(handle, keys_of(request), content)
     engine.engine.cache_commit(handle, len(target.blocks))
-    original = engine.engine._submit_job
-
-    def submit_then_spoil(*arguments: object) -> None:
-        original(*arguments)
-        spoil(engine, target.blocks[3], what)
-
-    engine.engine._submit_job = submit_then_spoil
-    try:
+    with before_vllm_has_it(engine, lambda: spoil(engine, target.blocks[3], what)):
         engine.submit(request, Phase.FULL)
-    finally:
-        vars(engine.engine).pop("_submit_job", None)
     engine.run_until(lambda: handle in engine.finishes)
     assert engine.finishes[handle].reason is FinishReason.ERROR
     assert isinstance(engine.finishes[handle].error, error)

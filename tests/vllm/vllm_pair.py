@@ -52,6 +52,23 @@ def running_engine(**changes: object) -> Iterator[Driven]:
         driven.pool.close()
 
 
+@contextmanager
+def before_vllm_has_it(engine: Driven, act: Callable[[], None]) -> Iterator[None]:
+    """Act when the engine has described a request's transfers, and vLLM has not heard of it."""
+    driver = engine.engine._driver
+    original = driver.submit
+
+    def act_then_submit(job: object) -> None:
+        act()
+        original(job)
+
+    driver.submit = act_then_submit
+    try:
+        yield
+    finally:
+        del driver.submit
+
+
 @dataclass(eq=False)
 class Driven:
     """An engine and what came out of it, by handle."""
