@@ -89,7 +89,7 @@ class Conductor(Desk[WorkerT]):
         standing: tuple[Filter, ...] = (HasRole(), ServesModel(), NotDraining(), HasBlockSize(around.block_tokens))
         super().__init__(around, standing, self.rules.load_half_life_s)
         self._filters: tuple[Filter, ...] = (FitsPool(),)
-        self._reaches: dict[Ask, tuple[float, Mapping[str, NodeReach]]] = {}
+        self._reaches: dict[Ask, tuple[float, bytes, Mapping[str, NodeReach]]] = {}
         self._wakeup: float | None = None
         self.disaggregation_gain_s = 0.0
         """Moving mean over what was placed: how much sooner the first two tokens come by a pair than from a decode
@@ -194,10 +194,11 @@ class Conductor(Desk[WorkerT]):
 
     def _reach(self, ask: Ask, now: float, station: Station[WorkerT]) -> Mapping[str, NodeReach]:
         known = self._reaches.get(ask)
-        if known is not None and now - known[0] <= REACH_TTL_S:
-            return known[1]
-        reach = self._around.prefixes.match(ask.keys, station.info.fingerprint) if ask.keys else {}
-        self._reaches[ask] = (now, reach)
+        fingerprint = station.info.fingerprint
+        if known is not None and now - known[0] <= REACH_TTL_S and known[1] == fingerprint:
+            return known[2]
+        reach = self._around.prefixes.match(ask.keys, fingerprint) if ask.keys else {}
+        self._reaches[ask] = (now, fingerprint, reach)
         return reach
 
     def _bounded(self, options: list[Option[WorkerT]], now: float) -> tuple[list[Option[WorkerT]], tuple[str, ...]]:
@@ -296,7 +297,7 @@ class Conductor(Desk[WorkerT]):
     def _may_be_short(self, ask: Ask) -> bool:
         """Somebody holds nearly all of the prompt, or it is short itself. Hot path: most requests are neither."""
         known = self._reaches.get(ask)
-        held = max((found.disk for found in known[1].values()), default=0) if known is not None else 0
+        held = max((found.disk for found in known[2].values()), default=0) if known is not None else 0
         return ask.num_prompt_tokens - held * self._around.block_tokens <= self.rules.alone_tokens
 
     def _best_alone(self, ask: Ask, now: float) -> Option[WorkerT] | None:
