@@ -84,8 +84,10 @@ class WorkerSide:
         for slot in copies.dropped:
             self._saved.pop(slot, None)
             self._board.end(self._rank, slot, Ending.DROPPED)
-        for load in copies.loads:
-            self._loader.submit(self._load_guarded, load)
+        if copies.loads and self._pages is not None:
+            mark = self._pages.mark()  # a step under way may still write into blocks that were another request's
+            for load in copies.loads:
+                self._loader.submit(self._load_guarded, load, mark)
 
     # Saving
 
@@ -126,12 +128,14 @@ class WorkerSide:
 
     # Loading
 
-    def _load_guarded(self, copy: LoadCopy) -> None:
+    def _load_guarded(self, copy: LoadCopy, mark: torch.cuda.Event | None) -> None:
         """In the loader's thread. Whatever goes wrong, the request comes back to vLLM and the slot ends."""
         assert self._pages is not None
         ending, bad = Ending.CORRUPT, set(copy.vllm_blocks[copy.first // self._pages.vllm_block :])
         try:
+            self._pages.follow(mark)
             ending, bad = self._load(copy)
+            self._pages.settle()
         except Exception:
             logger.exception("loading KV of request %s failed", copy.request_id)
         self._board.end(self._rank, copy.load.slot, ending)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -261,6 +262,35 @@ def test_a_long_load_goes_up_to_the_first_bad_block(bad_token: int | None, spoil
     if good:
         found = pages.read(list(vllm_blocks), 0, good)
         assert torch.equal(found, content[: len(found)])
+    board.close()
+    pool.close()
+
+
+def test_a_load_comes_after_the_step_under_way_and_ends_when_the_device_has_it() -> None:
+    """vLLM computes on a stream of its own, the loader's thread on another: nothing else orders them."""
+    log: list[str] = []
+    pool, board = SharedMemoryPool(1, 4 * math.prod(SHAPE)), TransferBoard.create(1, 1)
+
+    class Watched(PagedKV):
+        def mark(self) -> None:
+            log.append(f"mark by {threading.current_thread().name}")
+
+        def follow(self, mark: object) -> None:
+            log.append("follow")
+
+        def write(self, *arguments: object) -> None:
+            log.append("write")
+
+        def settle(self) -> None:
+            log.append("ended" if board.ended(0) else "settle")
+
+    worker = side_of(pool, board, SHAPE)
+    layers = tuple(torch.zeros(1, HEADS, PAGE, 2 * DIM) for _ in range(LAYERS))
+    worker.register(Watched(layers, HalvesOrder(), BLOCK, PAGE))
+    worker.start_loads(Copies(loads=[LoadCopy("r", Load(0, 0, (0,), (0,), BLOCK), 0, BLOCK, (0,))]))
+    worker.close()
+    assert log == [f"mark by {threading.current_thread().name}", "follow", "write", "settle"]
+    assert board.ending(0) is Ending.DONE
     board.close()
     pool.close()
 

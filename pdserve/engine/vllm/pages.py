@@ -164,6 +164,23 @@ class PagedKV:
         for number, layer in enumerate(self.layers):
             self.order.write(layer, pages, self._whole_pages(whole[:, number], len(pages)))
 
+    # Threads have streams of their own on a device (vLLM's is not the default one): their order must be said
+
+    def mark(self) -> torch.cuda.Event | None:
+        """What this thread has given the device to do so far."""
+        device = self.layers[0].device
+        return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+    def follow(self, mark: torch.cuda.Event | None) -> None:
+        """What this thread gives the device from now on is done after that."""
+        if mark is not None:
+            torch.cuda.current_stream(self.layers[0].device).wait_event(mark)
+
+    def settle(self) -> None:
+        """Wait until the device has done what this thread gave it."""
+        if self.layers[0].device.type == "cuda":
+            torch.cuda.current_stream(self.layers[0].device).synchronize()
+
     def _tensor(self, numbers: list[int]) -> torch.Tensor:
         return torch.tensor(numbers, device=self.layers[0].device)
 
