@@ -218,7 +218,8 @@ class Conductor(Desk[WorkerT]):
     def _bind(
         self, ask: Ask, best: Option[WorkerT], options: Sequence[Option[WorkerT]], notes: tuple[str, ...], now: float
     ) -> Decision[WorkerT] | None:
-        station, pick = best.station, _prefill_pick(best, options, len(self._stations), notes)
+        costs = [(option.station.info.worker_id, self._cost(option)[0]) for option in options]
+        station, pick = best.station, _prefill_pick(best, costs, len(self._stations), notes)
         if ask.max_tokens == 1:
             forecast = _forecast(best, 0.0, 0.0)
             return self._placed(ask, station, None, best.store, forecast, (pick,), now)
@@ -369,10 +370,10 @@ def _forecast(option: Option[WorkerT], transfer_s: float, itl_s: float) -> Forec
 
 
 def _prefill_pick(
-    best: Option[WorkerT], options: Sequence[Option[WorkerT]], num_workers: int, notes: tuple[str, ...]
+    best: Option[WorkerT], costs: Sequence[tuple[str, float]], num_workers: int, notes: tuple[str, ...]
 ) -> Pick:
-    ranked = sorted(options, key=_finish)[:MAX_LOGGED_CANDIDATES]
-    others = tuple((each.station.info.worker_id, each.finish_s) for each in ranked)
+    """`costs`: of all candidates, by what one was chosen: seconds to finish, less what its cached prefix counts for."""
+    others = tuple(sorted(costs, key=lambda cost: cost[1])[:MAX_LOGGED_CANDIDATES])
     scores = (
         ("ttft_s", best.finish_s),
         ("queue_s", best.wait_s),
@@ -380,4 +381,4 @@ def _prefill_pick(
         ("prefill_s", best.prefill_s),
         ("cached_tokens", float(best.num_cached)),
     )
-    return Pick("prefill", best.station.info.worker_id, len(options), num_workers, scores, others, notes)
+    return Pick("prefill", best.station.info.worker_id, len(costs), num_workers, scores, others, notes)

@@ -32,13 +32,13 @@ SPEC = ClusterSpec(
     members={LIAR: {"num_blocks": 96}, "prefill-2": OTHER, "decode-2": OTHER},
     programs={
         LIAR: (FAULTY, "prefill", "forgetful"),
-        "decode-0": (FAULTY, "decode", f"slow:{SLOW_LINK[0]}:600"),
+        "decode-0": (FAULTY, "decode", f"slow:{SLOW_LINK[0]}:4000"),
     },
     router={
         "models": {"smollm2-135m": {"aliases": ["tiny"]}, "other": {"aliases": ["second"]}},
         "disaggregate": "always",
         "timing": "llama-3.1-8b-h100-tp1",
-        "breaker.slow_ms": 100.0,
+        "breaker.slow_ms": 1500.0,  # far from both: a busy machine's hand-over, and the slow link's
         "breaker.rest_s": 30.0,
     },
 )  # fmt: skip
@@ -121,6 +121,7 @@ async def test_every_placement_is_explained_and_the_liar_is_found(capsys: pytest
         assert await cluster.metric(router, "pdserve_prefix_distrusted_total") == 1
         assert "holds less than it was believed to" in router.log.read_text()
         trips = await cluster.metric(router, "pdserve_link_trips_total", model_name="smollm2-135m", reason="slow")
+        assert f"the link from {SLOW_LINK[0]} to {SLOW_LINK[1]} rests" in router.log.read_text()
         slow = [r for r in records if (r["prefill_worker"], r["decode_worker"]) == SLOW_LINK]
         assert trips >= 1
         assert await cluster.metric(router, "pdserve_link_trips_total") == trips

@@ -394,6 +394,23 @@ def test_a_decision_tells_candidates_scores_and_reasons():
     assert any(reason.startswith("prefill.ttft_s=") for reason in decision.reasons)
 
 
+def test_candidates_are_told_with_what_the_choice_was_made_by():
+    """A cached prefix counts for more than the time that it saves this request: the chosen one need not be the first
+    to finish."""
+    world = World(prefill=2, timing=STEPPED, rules=ConductorRules(alone_tokens=0))
+    world.ask(tokens=600)
+    (first,) = world.decide()
+    busy = str(first.prefill)
+    world.prefixes = Prefixes(**{busy: (18, 18, 18)})
+    world.now = 0.001
+    world.ask(tokens=300)
+    (second,) = world.decide()
+    pick = second.picks[0]
+    assert pick.worker_id == busy
+    assert dict(pick.others)[busy] == min(dict(pick.others).values())
+    assert second.forecast.ttft_s > STEPPED.step_ms(StepWork(300)) / 1000
+
+
 def test_the_gain_of_disaggregation_falls_below_zero_on_a_slow_network():
     fast, slow = World(prefill=4), World(prefill=4, kv_bytes_per_token=10_000_000)
     for world in (fast, slow):
