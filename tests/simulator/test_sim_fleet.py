@@ -40,6 +40,22 @@ def lone(num_prompt, num_outputs, keys=b""):
     return TraceRequest(0.0, num_prompt, num_outputs, keys)
 
 
+@pytest.mark.parametrize("tokens", [33, 300])
+@pytest.mark.parametrize("size", [1, 2])
+def test_late_binding_does_not_serve_a_burst_of_short_prompts_one_by_one(tokens, size):
+    """A step of an H100 costs 6 ms before its first token: one by one such a burst took 1.2 to 1.3 times as long."""
+    burst = [TraceRequest(0.0, tokens, 24, b"") for _ in range(64)]
+    ends, steps = {}, {}
+    for policy in ("conductor", "round_robin"):
+        timing = timing_preset("llama-3.1-8b-h100-tp1")
+        fleet = Fleet(FleetSpec(size, size, timing, policy=policy))
+        fleet.run(burst)
+        ends[policy] = max(outcome.ended_s for outcome in fleet.router.outcomes)
+        steps[policy] = sum(worker.engine.num_steps for worker in fleet.workers[:size])
+    assert ends["conductor"] < 1.05 * ends["round_robin"]
+    assert steps["conductor"] <= 32
+
+
 # ---- one engine ----
 
 
