@@ -153,7 +153,8 @@ class Cluster:
         await self._start(name, role, (self.spec.python, *program), config)
 
     async def start_router(self, name: str, workers: Sequence[Member], **overrides: object) -> Member:
-        """One more router, for these workers. The first is the cluster's; both salt alike."""
+        """One more router, for these workers, and ready for requests. The first is the cluster's (`start` waits until
+        that one is ready); both salt alike."""
         first = not self.of_role("router")
         http, grpc = (self._port(given if first else 0) for given in (self.spec.http_port, self.spec.grpc_port))
         config = {
@@ -165,7 +166,10 @@ class Cluster:
             **self.spec.router,
             **overrides,
         }
-        return await self._start(name, "router", (sys.executable, "-m", "router"), config)
+        router = await self._start(name, "router", (sys.executable, "-m", "router"), config)
+        if not first:
+            await self.wait_answering(router)
+        return router
 
     def _port(self, given: int) -> int:
         return stable_port(self._ports) if self.spec.stable_ports and not given else given
@@ -194,12 +198,14 @@ class Cluster:
         self.buried.append(dead)
         return await self._start(dead.name, dead.role, dead.command, {**dead.config, **dead.addresses()})
 
-    async def wait_answering(self) -> None:
-        """Until the router has sessions with a whole pair: /readyz says 200. Raises `ClusterError`."""
+    async def wait_answering(self, router: Member | None = None) -> None:
+        """Until the router (None: the cluster's) has sessions with a whole pair: /readyz says 200. Raises
+        `ClusterError`."""
+        port = (router or self.router).ready["http_port"]
         deadline = time.monotonic() + self.spec.start_timeout_s
         body = ""
         while time.monotonic() < deadline:
-            status, body = await self.get("/readyz")
+            status, body = await self.get("/readyz", port)
             if status == 200:
                 return
             dead = [member for member in self.members if not member.alive]
