@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.transports.one_sided import OneSidedTransport, Operation
+from kvstore.transports.one_sided import MAX_BATCH_BYTES, OneSidedTransport, Operation
 from pdserve.errors import ConfigError, PeerLost, TransferTimeout
 
 IDLE_S = 0.01
@@ -54,7 +54,9 @@ def make_nixl(options: NixlOptions | None = None) -> OneSidedTransport:
 class NixlLibrary:
     """A `kvstore.transports.one_sided.Library`: one agent with the UCX backend."""
 
-    landing_bytes = 0
+    landing_bytes = MAX_BATCH_BYTES
+    """UCX over TCP has been seen to deliver a read after its time-out, with the peer's endpoint torn down: so bytes
+    land in memory of ours and are copied on."""
 
     def __init__(self, options: NixlOptions) -> None:
         self._api = api = _load()
