@@ -8,36 +8,33 @@ owner in between, so that a lease which lapsed costs a recompute and never a wro
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from kvstore.handover.verify import DigestPolicy, digest_policy
+from kvstore.node.client_session import CALL_TIMEOUT_S, AttachStream, ClientSession, open_session
 from kvstore.node.entries import Status
 from kvstore.ranges import coalesce
 from kvstore.transports.segment import host_id
 from kvstore.transports.shm import SharedMemoryPool
-from pdserve.errors import DigestMismatch, PeerLost, StaleBlock, WorkerLost
+from pdserve.errors import DigestMismatch, PeerLost, StaleBlock
 from pdserve.rpc import Channel
 from pdserve.wire import store as wire
 
-CALL_TIMEOUT_S = 5.0
-"""Of a control call; the store answers in well under a millisecond, a promotion from disk in some tens."""
 STEP_BYTES = 1 << 20
 """Copied before it is digested: it lies in the second-level cache then, and is not fetched from memory twice."""
 
 
-class StoreClient:
-    """Made by `attach`. `lost` is done when the session has ended: attach again, the store may be a new one."""
+class StoreClient(ClientSession):
+    """Made by `attach`."""
 
-    def __init__(self, channel: Channel, attached: wire.Attached, stream: AsyncGenerator[wire.Attached, None]) -> None:
-        self._channel = channel
-        self.attached = attached
+    def __init__(self, channel: Channel, attached: wire.Attached, stream: AttachStream) -> None:
         self.pool = SharedMemoryPool.attach(attached.segment)
         self.pool.populate()
-        self.lost = asyncio.get_running_loop().create_task(_until_end(stream))
+        super().__init__(channel, attached, stream)
 
     @classmethod
     async def attach(
@@ -49,30 +46,17 @@ class StoreClient:
         Raises `FingerprintMismatch` (other block size), `TicketRefused`, `PeerLost` (not on this host), `WorkerLost`.
         """
         request = wire.Attach(client, host_id(), block_bytes, alive_segment)
-        stream = channel.stream(wire.ATTACH, request)
-        assert isinstance(stream, AsyncGenerator)
-        attached = await anext(stream, None)
-        if attached is None:
-            raise WorkerLost("the store closed the session at once: it is going away")
+        attached, stream = await open_session(channel, request)
         if not attached.segment:
             await stream.aclose()
             raise PeerLost("the store's memory is on another host")
         return cls(channel, attached, stream)
 
     async def close(self) -> None:
-        """End the session. Leases and reservations that are still held end by time: release them first."""
-        self.lost.cancel()
-        await asyncio.gather(self.lost, return_exceptions=True)
+        await super().close()
         self.pool.close()
 
     # ---- reading ----
-
-    async def lookup(
-        self, keys: Sequence[bytes], fingerprint: bytes, *, tenant: str = "", extends: bool = False
-    ) -> wire.Found:
-        """The longest prefix that is there, leased. `release` it after the copy."""
-        request = wire.Lookup(self.attached.session, fingerprint, tuple(keys), tenant, extends=extends)
-        return await self._channel.call(wire.LOOKUP, request, timeout_s=CALL_TIMEOUT_S)
 
     def read(
         self, found: wire.Found, into: NDArray[np.uint8], blocks: Sequence[int], policy: DigestPolicy | None = None
@@ -109,16 +93,6 @@ class StoreClient:
         stale = np.flatnonzero(self.pool.generations[slots] != expected)
         if stale.size:
             raise StaleBlock(f"{stale.size} of {len(slots)} blocks were given to others: look them up again")
-
-    async def renew(self, found: wire.Found) -> float:
-        """Seconds that the lease lasts. Raises `TicketRefused` when it has ended."""
-        request = wire.RenewLease(self.attached.session, found.lease_id)
-        return (await self._channel.call(wire.RENEW_LEASE, request, timeout_s=CALL_TIMEOUT_S)).lease_ms / 1000
-
-    async def release(self, found: wire.Found) -> None:
-        if found.lease_id:
-            request = wire.ReleaseLease(self.attached.session, found.lease_id)
-            await self._channel.call(wire.RELEASE_LEASE, request, timeout_s=CALL_TIMEOUT_S)
 
     # ---- writing ----
 
@@ -183,12 +157,3 @@ class StoreClient:
             await self.abort(reserved)
             raise
         return await self.commit(reserved, digests)
-
-
-async def _until_end(stream: AsyncGenerator[wire.Attached, None]) -> None:
-    """Raises what ended the session, if it was an error."""
-    try:
-        async for _ in stream:
-            pass
-    finally:
-        await stream.aclose()

@@ -7,36 +7,32 @@ is for a store's own node only.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from kvstore.handover.verify import DigestPolicy, PoolDescriptor, pull_blocks
+from kvstore.node.client_session import AttachStream, ClientSession, open_session
 from kvstore.transports.base import Peer, Transport
 from kvstore.transports.registry import select
 from kvstore.transports.segment import host_id
 from kvstore.transports.shm import SharedMemoryPool
 from pdserve.engine.base import ImportTarget
-from pdserve.errors import WorkerLost
 from pdserve.rpc import Channel
 from pdserve.types import KVManifest
 from pdserve.wire import store as wire
 
-CALL_TIMEOUT_S = 5.0
 
-
-class PeerStoreClient:
-    """Made by `attach`. `lost` is done when the session has ended; `transport` is what its bytes come by."""
+class PeerStoreClient(ClientSession):
+    """Made by `attach`. `transport` is what its bytes come by."""
 
     def __init__(
-        self, channel: Channel, attached: wire.Attached, stream: AsyncGenerator[wire.Attached, None], peer: Peer,
+        self, channel: Channel, attached: wire.Attached, stream: AttachStream, peer: Peer,
         memory: PoolDescriptor,
         transport: str,
     ) -> None:  # fmt: skip
-        self._channel = channel
-        self.attached = attached
+        super().__init__(channel, attached, stream)
         self._peer = peer
         self._memory = memory
         self.transport = transport
-        self.lost = asyncio.get_running_loop().create_task(_until_end(stream))
 
     @classmethod
     async def attach(
@@ -47,11 +43,7 @@ class PeerStoreClient:
         Raises `FingerprintMismatch` (other block size), `TicketRefused`, `HandoverError` (no common transport),
         `PeerLost`, `WorkerLost`.
         """
-        stream = channel.stream(wire.ATTACH, wire.Attach(client, host_id(), block_bytes))
-        assert isinstance(stream, AsyncGenerator)
-        attached = await anext(stream, None)
-        if attached is None:
-            raise WorkerLost("the store closed the session at once: it is going away")
+        attached, stream = await open_session(channel, wire.Attach(client, host_id(), block_bytes))
         try:
             name = select(tuple(transports), attached.memory, same_host=bool(attached.segment))
             memory = PoolDescriptor.decode(attached.memory[name])
@@ -64,23 +56,7 @@ class PeerStoreClient:
     async def close(self) -> None:
         """End the session; reads under way raise `PeerLost`."""
         self._peer.close()
-        self.lost.cancel()
-        await asyncio.gather(self.lost, return_exceptions=True)
-
-    async def lookup(self, keys: Sequence[bytes], fingerprint: bytes, *, extends: bool = False) -> wire.Found:
-        """The longest prefix that is there, leased. `release` it after the read."""
-        request = wire.Lookup(self.attached.session, fingerprint, tuple(keys), extends=extends)
-        return await self._channel.call(wire.LOOKUP, request, timeout_s=CALL_TIMEOUT_S)
-
-    async def renew(self, found: wire.Found) -> float:
-        """Seconds that the lease lasts. Raises `TicketRefused` when it has ended."""
-        request = wire.RenewLease(self.attached.session, found.lease_id)
-        return (await self._channel.call(wire.RENEW_LEASE, request, timeout_s=CALL_TIMEOUT_S)).lease_ms / 1000
-
-    async def release(self, found: wire.Found) -> None:
-        if found.lease_id:
-            request = wire.ReleaseLease(self.attached.session, found.lease_id)
-            await self._channel.call(wire.RELEASE_LEASE, request, timeout_s=CALL_TIMEOUT_S)
+        await super().close()
 
     def read(
         self,
@@ -93,12 +69,3 @@ class PeerStoreClient:
         """Fill `blocks` of `into` with what was found. Blocks the calling thread; raises as `pull_blocks` does."""
         manifest = KVManifest(0, 0, 0, found.slots, found.generations, found.digests, final=True)
         pull_blocks(self._peer, self._memory, manifest, into, ImportTarget(tuple(blocks)), policy, should_stop)
-
-
-async def _until_end(stream: AsyncGenerator[wire.Attached, None]) -> None:
-    """Raises what ended the session, if it was an error."""
-    try:
-        async for _ in stream:
-            pass
-    finally:
-        await stream.aclose()
