@@ -53,8 +53,9 @@ def check_ranges(ranges: Sequence[Range], remote_nbytes: int, local_nbytes: int)
             raise ValueError(f"{r} leaves the local array of {local_nbytes} bytes")
 
 
-def batches(ranges: Sequence[Range], max_bytes: int) -> Iterator[list[Range]]:
-    """Split into batches of at most `max_bytes`, cutting long ranges: between two batches a caller can stop."""
+def batches(ranges: Sequence[Range], max_bytes: int, max_pieces: int | None = None) -> Iterator[list[Range]]:
+    """Split into batches of at most `max_bytes` and `max_pieces` ranges. Long ranges are cut, empty ones left out;
+    between two batches a caller can stop."""
     batch: list[Range] = []
     room = max_bytes
     for r in ranges:
@@ -64,7 +65,7 @@ def batches(ranges: Sequence[Range], max_bytes: int) -> Iterator[list[Range]]:
             batch.append(Range(r.remote + done, r.local + done, take))
             done += take
             room -= take
-            if not room:
+            if not room or len(batch) == max_pieces:
                 yield batch
                 batch, room = [], max_bytes
     if batch:

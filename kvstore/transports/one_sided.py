@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstore.ranges import check_ranges
+from kvstore.ranges import batches, check_ranges
 from kvstore.transports.base import Arrived, Range, Region, ignore, pieces
 from kvstore.transports.landing import Landing
 from pdserve.errors import ConfigError, HandoverError, PeerLost
@@ -106,7 +106,7 @@ class OneSidedPeer:
         check_ranges(ranges, self._where.nbytes, local.size)
         self._check_open()
         with self._transport.busy(), self._transport.reachable(local) as address:
-            for batch in split(ranges):
+            for batch in batches(ranges, MAX_BATCH_BYTES, MAX_PIECES):
                 self._check_open()
                 self._move(operation, batch, local, address)
                 for piece in () if arrived is ignore else pieces(batch):
@@ -291,22 +291,3 @@ class OneSidedTransport:
         if self.landing is not None:
             self.landing.close()
         self._library.close()
-
-
-def split(ranges: Sequence[Range]) -> Iterator[list[Range]]:
-    """Batches that a library takes: at most `MAX_PIECES` ranges and `MAX_BATCH_BYTES`; long ranges are cut, empty ones
-    left out."""
-    batch: list[Range] = []
-    room = MAX_BATCH_BYTES
-    for r in ranges:
-        done = 0
-        while done < r.length:
-            take = min(room, r.length - done)
-            batch.append(Range(r.remote + done, r.local + done, take))
-            done += take
-            room -= take
-            if not room or len(batch) == MAX_PIECES:
-                yield batch
-                batch, room = [], MAX_BATCH_BYTES
-    if batch:
-        yield batch

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transport_tools import make
 
+from kvstore.ranges import batches
 from kvstore.transports import mooncake
 from kvstore.transports.base import Range
 from kvstore.transports.landing import MAX_ABANDONED, PLACES, Landing
 from kvstore.transports.mooncake import MooncakeOptions, make_mooncake
-from kvstore.transports.one_sided import MAX_BATCH_BYTES, MAX_PIECES, MAX_REGIONS, OneSidedTransport, split
+from kvstore.transports.one_sided import MAX_BATCH_BYTES, MAX_PIECES, MAX_REGIONS, OneSidedTransport
 from kvstore.transports.registry import check_names, make_transport
 from kvstore.transports.tcp import TcpTransport
 from pdserve.errors import ConfigError, HandoverError, PeerLost, TransferTimeout
@@ -76,7 +77,7 @@ def test_batches_cover_all_bytes_once_within_what_a_library_takes(long: list[tup
     starts = np.cumsum([0, *lengths])[:-1].tolist()
     ranges = [Range(start + 5, start, length) for start, length in zip(starts, lengths, strict=True)]
     seen = 0
-    for batch in split(ranges):
+    for batch in batches(ranges, MAX_BATCH_BYTES, MAX_PIECES):
         assert 0 < len(batch) <= MAX_PIECES
         assert sum(r.length for r in batch) <= MAX_BATCH_BYTES
         for r in batch:
