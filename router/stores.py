@@ -6,9 +6,11 @@ import asyncio
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from kvstore.index.index import KVIndex
 from kvstore.node.follower import StoreFollower
+from pdserve.errors import ConfigError
 from pdserve.rpc import Channel, Tls
 
 BROKEN_RETRY_S = 5.0
@@ -41,7 +43,7 @@ class Stores:
             self._leave(self._followed.pop(address))
         for address in wanted - self._followed.keys():
             channel = Channel(address, tls=self._tls)
-            follower = StoreFollower(channel, self._index)
+            follower = StoreFollower(channel, self._index, may_be_called=partial(self._may_be_called, address))
             self._followed[address] = _Followed(follower, channel, asyncio.create_task(_run(follower, address)))
 
     def node_at(self, address: str) -> str:
@@ -53,13 +55,23 @@ class Stores:
         """Where a store can be asked; empty: it is not followed any more."""
         return next((address for address, each in self._followed.items() if each.follower.node == node), "")
 
+    def _may_be_called(self, address: str, node: str) -> bool:
+        """A name belongs to the store that is heard of: one that came back at another address takes its own over."""
+        for other, each in self._followed.items():
+            if other != address and each.follower.node == node:
+                if each.follower.connected:
+                    return False
+                each.follower.forget_name()
+        return True
+
     async def close(self) -> None:
         self.follow(())
         if self._closing:
             await asyncio.wait(self._closing)
 
     def _leave(self, followed: _Followed) -> None:
-        self._index.remove(followed.follower.node)
+        if followed.follower.node:
+            self._index.remove(followed.follower.node)
         task = asyncio.create_task(_end(followed))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
@@ -70,6 +82,8 @@ async def _run(follower: StoreFollower, address: str) -> None:
     while True:
         try:
             await follower.run()
+        except ConfigError as error:
+            log.warning("the store at %s is not used: %s", address, error.message, extra={"key": error.key})
         except Exception:
             log.exception("following the store at %s broke", address)
         await asyncio.sleep(BROKEN_RETRY_S)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from kvstore.index.base import NodeSnapshot, Section, Verdict
 from kvstore.index.index import KVIndex
 from kvstore.types import EventKind, StoreEvent, Tier
-from pdserve.errors import PdserveError, ProtocolMismatch
+from pdserve.errors import ConfigError, PdserveError, ProtocolMismatch
 from pdserve.rpc import Channel
 from pdserve.wire import store as wire
 
@@ -26,26 +26,51 @@ RETRY_S = 0.5
 class StoreFollower:
     """`run` in a task, cancel it to stop. The index itself ages out a node that is not heard of."""
 
-    def __init__(self, channel: Channel, index: KVIndex, *, node: str = "", retry_s: float = RETRY_S) -> None:
-        """`node`: the store's name where it is known already; else the first message tells."""
+    def __init__(
+        self,
+        channel: Channel,
+        index: KVIndex,
+        *,
+        node: str = "",
+        retry_s: float = RETRY_S,
+        may_be_called: Callable[[str], bool] = lambda node: True,
+    ) -> None:
+        """`node`: the store's name where it is known already; else the first message tells. `may_be_called`: whether
+        no other store has that name; of one whose name is taken nothing is believed: it would overwrite the other."""
         self._channel = channel
         self._index = index
         self._retry_s = retry_s
         self._node = node
+        self._may_be_called = may_be_called
+        self._connected = False
 
     @property
     def node(self) -> str:
         """The store's name; empty until it has told."""
         return self._node
 
+    @property
+    def connected(self) -> bool:
+        """It has told its name, and its events arrive."""
+        return self._connected
+
+    def forget_name(self) -> None:
+        """Another store took it over: this one, if it comes back, begins anew."""
+        self._node = ""
+
     async def run(self) -> None:
+        """Raises `ConfigError`: its name is another's."""
         while True:
             try:
                 await self._follow()
+            except ConfigError:
+                raise
             except PdserveError as error:
                 log.info(
                     "a store's events are cut off", extra={"address": self._channel.address, "reason": error.reason}
                 )
+            finally:
+                self._connected = False
             await asyncio.sleep(self._retry_s)
 
     async def _follow(self) -> None:
@@ -54,7 +79,8 @@ class StoreFollower:
         request = wire.Follow(known[0], known[1]) if known else wire.Follow()
         sections: list[Section] = []
         async for batch in self._channel.stream(wire.EVENTS, request):
-            self._node = batch.node
+            if not self._connected or batch.node != self._node:
+                self._take_name(batch.node)
             if batch.snapshot:
                 sections += _sections(batch.events)
             if batch.snapshot_complete:
@@ -62,6 +88,13 @@ class StoreFollower:
                 sections = []
             elif not batch.snapshot and self._take(batch) is Verdict.RESYNC:
                 return
+
+    def _take_name(self, node: str) -> None:
+        """Raises `ConfigError`: another has it."""
+        if not self._may_be_called(node):
+            self._node = ""
+            raise ConfigError(f"another store is called {node!r} too", key="node_id")
+        self._node, self._connected = node, True
 
     async def _load(self, snapshot: NodeSnapshot) -> None:
         """A few thousand blocks at a time: the loop has other things to do."""

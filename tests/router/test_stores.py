@@ -13,8 +13,8 @@ PLACEMENT = {"policy": "conductor", "disaggregate": "always"}
 SIM_BLOCK_BYTES = 256
 
 
-def store_of():
-    return running_store(block_bytes=SIM_BLOCK_BYTES, num_blocks=1024)
+def store_of(node_id):
+    return running_store(block_bytes=SIM_BLOCK_BYTES, num_blocks=1024, node_id=node_id)
 
 
 async def ask(core, sink, incoming, text):
@@ -26,7 +26,7 @@ async def ask(core, sink, incoming, text):
 
 
 async def test_what_only_another_store_has_is_named_to_the_worker(house, sink, incoming, wait_until):
-    async with store_of() as near, store_of() as far:
+    async with store_of("near") as near, store_of("far") as far:
         await house.worker(Role.PREFILL, "p0", store=far.address, store_fetch="always")
         await house.worker(Role.PREFILL, "p1", store=near.address, store_fetch="always")
         await house.worker(Role.DECODE, "d0")
@@ -57,7 +57,7 @@ async def test_what_only_another_store_has_is_named_to_the_worker(house, sink, i
 
 
 async def test_a_store_that_nobody_names_any_more_is_left(house, wait_until):
-    async with store_of() as store:
+    async with store_of("n1") as store:
         await house.worker(Role.PREFILL, "p0", store=store.address)
         await house.worker(Role.DECODE, "d0")
         core = await house.core()
@@ -68,3 +68,20 @@ async def test_a_store_that_nobody_names_any_more_is_left(house, wait_until):
         await wait_until(lambda: len(house.fleets[0].links) == 1)
         assert len(core.prefixes._stores) == 0
         assert core.prefixes.index.live_nodes() == ["d0"]
+
+
+async def test_of_two_stores_with_one_name_one_is_believed_and_the_other_takes_over_when_it_is_gone(
+    house, wait_until, caplog
+):
+    async with store_of("twin") as one, store_of("twin") as other:
+        for store in (one, other):
+            await house.worker(Role.PREFILL, f"p-{store.address}", store=store.address)
+        core = await house.core()
+        stores, index = core.prefixes._stores, core.prefixes.index
+        await wait_until(lambda: "another store is called 'twin' too" in caplog.text)
+        first, second = (one, other) if stores.address_of("twin") == one.address else (other, one)
+        assert (stores.node_at(first.address), stores.node_at(second.address)) == ("twin", "")
+        await wait_until(lambda: (index.position("twin") or (0,))[0] == first.parts.incarnation)
+        await first.stop()
+        await wait_until(lambda: stores.address_of("twin") == second.address)
+        await wait_until(lambda: (index.position("twin") or (0,))[0] == second.parts.incarnation)
