@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
-import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pdserve_cli.block_bytes import block_bytes
@@ -27,9 +24,8 @@ from pdserve_cli.parity_alone import generate_alone
 from pdserve_cli.parity_cases import MAX_REPLY, make_cases
 from pdserve_cli.parity_types import OUTPUTS, Case
 from pdserve_cli.tiers import TinyPools, hits, scratch
+from pdserve_cli.verdict import judged, say
 
-_THREADS = 64
-"""Of blocking clients; asyncio's own default is a handful."""
 _BOUNDS_S = {"prefill_timeout_s": 20.0, "transfer_timeout_s": 20.0, "decode_timeout_s": 20.0}
 _SLOW_MS = 20_000.0
 """Slow hand-overs are no reason to do without: the machine is busy, and the hand-over is what is to be tested."""
@@ -107,24 +103,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit status 0 when every answer was right and nothing hung or leaked, else 1."""
-    report = asyncio.run(_run(arguments))
-    plain = asdict(report)
-    if arguments.json:
-        print(json.dumps(plain))
-    else:
-        print("\n".join(f"{key:<18} {value}" for key, value in plain.items()))
-    return 0 if report.passed else 1
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    return judged(_run(arguments), arguments.json)
 
 
 async def _run(arguments: argparse.Namespace) -> Report:
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS))
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(2**31)
     profile = PROFILES[arguments.engine]
-    _say(f"seed {seed}: {arguments.kills} kills of {', '.join(ROLES)}; one engine alone first ...")
+    say(f"seed {seed}: {arguments.kills} kills of {', '.join(ROLES)}; one engine alone first ...")
     cases = make_cases(profile.cases, seed, arguments.model, profile.max_prompt, min_prompt=64)
     alone = await asyncio.to_thread(generate_alone, arguments.engine, arguments.model, "bf16", cases)
     report = Report(arguments.engine, seed)
@@ -173,7 +158,7 @@ async def _storm(arguments: argparse.Namespace, cluster: Cluster, load: Load, di
         if arguments.corrupt and member.role == "kvstore":
             report.corrupted += rot.strike(Path(disk) / member.name)
 
-    killer = Killer(cluster, load.outages, rng, profile.gap_s, _say, between=corrupt)
+    killer = Killer(cluster, load.outages, rng, profile.gap_s, say, between=corrupt)
     loading = asyncio.ensure_future(load.run(arguments.clients or profile.clients))
     try:
         await killer.run(arguments.kills)

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 from kvstore.transports.registry import NAMES, OPTIONAL
@@ -22,10 +19,9 @@ from pdserve_cli.parity_cases import MAX_TOKENS, make_cases
 from pdserve_cli.parity_cell import Cell, Findings, Setting, run_cell
 from pdserve_cli.parity_types import OUTPUTS, Case, Run
 from pdserve_cli.tiers import TIERS
+from pdserve_cli.verdict import judged, say
 
 _MAX_SHOWN = 10
-_THREADS = 64
-"""Of blocking clients: asyncio's own default, a handful, would cap the batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit status 0 when every prompt is identical everywhere and every claimed tier was used, else 1."""
-    report = asyncio.run(_run(arguments))
-    plain = asdict(report)
-    if arguments.json:
-        print(json.dumps(plain))
-    else:
-        print("\n".join(f"{key:<20} {value}" for key, value in plain.items()))
-    return 0 if report.passed else 1
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    return judged(_run(arguments), arguments.json)
 
 
 def cells(arguments: argparse.Namespace) -> list[Cell]:
@@ -100,22 +86,21 @@ def zip_longest_last(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int]
 
 
 async def _run(arguments: argparse.Namespace) -> Report:
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS))
     store = (arguments.store or ("off" if arguments.engine == "vllm" else "on")) == "on"
     setting = Setting(
         arguments.engine, arguments.model, arguments.dtype, store, arguments.corrupt if store else 0, arguments.seed
     )
     cases = make_cases(arguments.prompts, arguments.seed, arguments.model, arguments.max_prompt)
     tokens = sum(len(case.prompt) for case in cases)
-    _say(f"{len(cases)} prompts, {tokens} tokens, seed {arguments.seed}, store {'on' if store else 'off'}")
-    _say("one engine alone ...")
+    say(f"{len(cases)} prompts, {tokens} tokens, seed {arguments.seed}, store {'on' if store else 'off'}")
+    say("one engine alone ...")
     alone = await asyncio.to_thread(generate_alone, setting.engine, setting.model, setting.dtype, cases)
     found = Findings()
     for cell in cells(arguments):
-        _say(f"cell {asdict(cell)} ...")
+        say(f"cell {asdict(cell)} ...")
         await run_cell(setting, cell, cases, alone, found)
         hits = f"; blocks found so far: {found.hits}" if store else ""
-        _say(f"{len(cases) - len(found.wrong)} of {len(cases)} identical so far{hits}")
+        say(f"{len(cases) - len(found.wrong)} of {len(cases)} identical so far{hits}")
     return _report(arguments, cases, found, store, await _count_identical(arguments, cases, alone))
 
 
@@ -123,7 +108,7 @@ async def _count_identical(arguments: argparse.Namespace, cases: Sequence[Case],
     """With transformers; None when it is left out."""
     if arguments.no_reference or arguments.engine == "sim":
         return None
-    _say("transformers ...")
+    say("transformers ...")
     from pdserve_cli.parity_reference import count_identical
 
     return await asyncio.to_thread(count_identical, arguments, cases, alone, OUTPUTS)

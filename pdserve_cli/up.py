@@ -19,6 +19,7 @@ from pdserve.config import parse_override
 from pdserve.models import resolve
 from pdserve_cli.client import Answer, stream
 from pdserve_cli.cluster import Cluster, ClusterError, ClusterSpec, total
+from pdserve_cli.verdict import say as say_to_stderr
 
 FIRST_PROMPT = "What is the capital of France?"
 _REFRESH_S = 1.0
@@ -102,7 +103,7 @@ async def _run(arguments: argparse.Namespace) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    say = _say_to_stderr if arguments.json or arguments.once else _say
+    say = say_to_stderr if arguments.json or arguments.once else _say
     await asyncio.to_thread(resolve, arguments.model)
     spec = spec_from(arguments)
     stores = f" + {spec.nodes} kvstore" if spec.store is not None else ""
@@ -130,10 +131,6 @@ async def _run(arguments: argparse.Namespace) -> int:
 
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-def _say_to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 async def ask(cluster: Cluster, prompt: str, max_tokens: int = 64) -> Answer:
