@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from pdserve.ends import end_of
 from pdserve.tokens import Detokenizer, StopMatcher
-from pdserve.types import Finish, FinishReason, Logprobs, SamplingParams
+from pdserve.types import Finish, FinishReason, Logprobs, ModelInfo, SamplingParams
 from router.base import Sink
 
 
@@ -100,6 +101,15 @@ class Choice:
             self._late_finish = finish
         else:
             self._deliver((), (), finish)
+
+    def end_if_complete(self, params: SamplingParams, model: ModelInfo, num_prompt_tokens: int) -> None:
+        """Its worker is lost, but maybe not before the last token came."""
+        if self.ended or not self.token_ids:
+            return
+        ended = end_of(params, model, self.token_ids[-1], self.num_tokens, num_prompt_tokens + self.num_tokens)
+        if ended is not None:
+            self.forget_early()
+            self.end(Finish(0, ended[0], self.num_tokens, ended[1]))
 
     def forget_early(self) -> None:
         """Its worker is lost: the next one gives anew what did not follow yet, and maybe not the same."""

@@ -60,6 +60,7 @@ class Leg:
         self.owner = owner
         self.link = link
         self.handle = 0
+        self._request: Request | None = None
         self._num_seqs = 0
         self._num_prefill_tokens = 0
         self._num_context_tokens = 0
@@ -69,6 +70,7 @@ class Leg:
         """Raises `WorkerLost` when the worker's stream has just ended."""
         self.handle = self.link.submit(request, self.phase, self, prefix_store)
         self._open = True
+        self._request = request
         self._count(request)
         own = self.link.own
         own.num_seqs += self._num_seqs
@@ -89,6 +91,13 @@ class Leg:
         self._num_prefill_tokens = 0
         if self.phase is Phase.PREFILL:
             self._leave_batch()
+
+    def end_complete(self) -> None:
+        """Its worker is lost. A choice that has its last token has ended all the same: placed again, it might get one
+        more."""
+        if (request := self._request) is not None:
+            for choice in self.owner.choices:
+                choice.end_if_complete(request.params, self.link.info.model, len(request.prompt_token_ids))
 
     def _leave_batch(self) -> None:
         self.link.own.num_seqs -= self._num_seqs

@@ -13,15 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pdserve.errors import (
-    DeadlineExceeded,
-    Draining,
-    EngineFailed,
-    HandoverError,
-    NoWorker,
-    PdserveError,
-    WorkerLost,
-)
+from pdserve.errors import DeadlineExceeded, Draining, EngineFailed, HandoverError, NoWorker, PdserveError, WorkerLost
 from pdserve.tokens import Detokenizer
 from pdserve.types import Finish, Phase, PromptStats, Request
 from pdserve.wire.session import Announcement, FirstOutput
@@ -290,7 +282,11 @@ class ActiveRequest:
         self.fail(self._failure if self._failure is not None and isinstance(error, NoWorker) else error)
 
     def _give_up(self, error: PdserveError) -> None:
-        """Place it again if that can save it, else fail."""
+        """Place it again if that can save it, else fail. One that has all its tokens needs neither."""
+        if (leg := self._decode or self._prefill) is not None:
+            leg.end_complete()
+        if self.done:
+            return
         self._failure = error
         self._around.placing.failed(self, error)
         if not self._may_go_on() or len(self.record.attempts) > self._around.max_retries:

@@ -2,6 +2,7 @@
 
 import asyncio
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -408,6 +409,46 @@ def test_once_something_was_handed_over_a_lost_decode_means_to_start_anew():
 
     house = asyncio.run(go())
     assert len(house.active.record.attempts) == 2
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("last", ["length", "stop"])
+def test_a_worker_lost_after_the_last_token_and_before_the_word_of_it_costs_nothing(n, last):
+    async def go():
+        house = House(n, alone=False, stop=False, retries=2)
+        for choice in range(n):
+            house.prefill_gives(choice, PLAIN_TOKEN, None)
+        house.read()
+        for _ in range(98 if last == "length" else 1):
+            for choice in range(n):
+                house.decode_gives(choice, PLAIN_TOKEN, None)
+        for choice in range(n):
+            house.decode_gives(choice, 0 if last == "stop" else PLAIN_TOKEN, None)
+        assert not house.client.done
+        house.decode.lose()
+        house.places.run()
+        return house
+
+    house = asyncio.run(go())
+    assert (house.client.done, house.client.error) == (True, None)
+    assert house.client.tokens == dict.fromkeys(range(n), 100 if last == "length" else 3)
+    assert [attempt.outcome for attempt in house.active.record.attempts] == ["ok"]
+    assert house.active.record.finish_reasons == (last,) * n
+
+
+def test_a_choice_that_is_not_complete_moves_on_when_its_worker_is_lost():
+    async def go():
+        house = House(1, alone=False, stop=False, retries=2)
+        house.prefill_gives(0, PLAIN_TOKEN, None)
+        house.read()
+        for _ in range(98):
+            house.decode_gives(0, PLAIN_TOKEN, None)
+        house.decode.lose()
+        return house
+
+    house = asyncio.run(go())
+    assert not house.active.done
+    assert house.active.waiting
 
 
 def test_a_clock_that_was_put_off_does_not_fire_at_its_old_time():

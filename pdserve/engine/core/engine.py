@@ -18,6 +18,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import chain
 
+from pdserve.ends import end_of
 from pdserve.engine.base import ImportTarget, KVMemory, KVMemoryFactory, StepResult
 from pdserve.engine.core.batch import Batch
 from pdserve.engine.core.blocks import CachePolicy
@@ -30,7 +31,7 @@ from pdserve.engine.core.news import CacheNews
 from pdserve.engine.core.prefix_cache import PrefixCache
 from pdserve.engine.core.runner import ModelRunner, Sampled
 from pdserve.engine.core.scheduler import Reservation, Scheduler
-from pdserve.engine.core.sequences import Choice, Group, Work, check_request, end_of
+from pdserve.engine.core.sequences import Choice, Group, Work, check_request
 from pdserve.errors import InvalidRequest, PdserveError
 from pdserve.types import EngineLoad, Finish, FinishReason, KVLayout, ModelInfo, Phase, PromptStats, Request, StepOutput
 

@@ -1,7 +1,7 @@
 """A request inside the engine: one `Group`, of one `Choice` while its prompt is computed and of n afterwards.
 
 `Choice` is the runner's `Sequence` plus what only scheduler and engine need, so a request stays one type from
-submission to its end. The rules on what a request may ask for and when a choice ends live here as well.
+submission to its end. The rules on what a request may ask for live here as well.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pdserve.block_keys import KEY_BYTES, next_key
 from pdserve.engine.core.runner import Scheduled, Sequence
 from pdserve.errors import ContextLengthExceeded, InvalidRequest, NotSupported
-from pdserve.types import FinishReason, ModelInfo, Phase, Request, SamplingParams
+from pdserve.types import ModelInfo, Phase, Request
 
 Order = tuple[int, int, int]
 """(priority, arrival, choice): who goes first. As in vLLM, a lower priority value is served earlier."""
@@ -135,20 +135,6 @@ class Group:
     def _context(self) -> list[int]:
         prompt = self.request.prompt_token_ids
         return [*prompt, *self.prior_outputs(0)] if self.request.params.n == 1 else list(prompt)
-
-
-def end_of(
-    params: SamplingParams, model: ModelInfo, last_token: int, num_outputs: int, num_tokens: int
-) -> tuple[FinishReason, int | None] | None:
-    """Whether `last_token`, output number `num_outputs` and token number `num_tokens`, ends a choice: (reason, the
-    stop token if it is one). vLLM's order: EOS and stop tokens, unless below `min_tokens`; then the lengths."""
-    if num_outputs >= params.min_tokens and (
-        (last_token in model.eos_token_ids and not params.ignore_eos) or last_token in params.stop_token_ids
-    ):
-        return FinishReason.STOP, last_token
-    if num_tokens >= model.max_model_len or (params.max_tokens is not None and num_outputs >= params.max_tokens):
-        return FinishReason.LENGTH, None
-    return None
 
 
 def check_request(request: Request, phase: Phase, model: ModelInfo, block_tokens: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pdserve import ends
 from pdserve.engine.vllm.board import Ending
 from pdserve.engine.vllm.requests import Choice, Live
 from pdserve.errors import DigestMismatch, EngineFailed, PdserveError, StaleBlock
@@ -19,22 +20,16 @@ if TYPE_CHECKING:
 
 
 def end_of(live: Live, outputs: Sequence[int], model: ModelInfo) -> tuple[FinishReason, int | None] | None:
-    """Whether the last of all outputs ended a choice: (reason, the stop token if one did). vLLM's order of rules."""
+    """Whether the last of all outputs ended a choice: (reason, the stop token if one did)."""
     if not outputs:
         return None
-    params, last = live.request.params, outputs[-1]
-    if len(outputs) >= params.min_tokens and (
-        (last in model.eos_token_ids and not params.ignore_eos) or last in params.stop_token_ids
-    ):
-        return FinishReason.STOP, last
-    return _length_end(live, len(outputs), model)
+    num_tokens = len(live.request.prompt_token_ids) + len(outputs)
+    return ends.end_of(live.request.params, model, outputs[-1], len(outputs), num_tokens)
 
 
-def _length_end(live: Live, num_outputs: int, model: ModelInfo) -> tuple[FinishReason, None] | None:
+def _length_end(live: Live, num_outputs: int, model: ModelInfo) -> bool:
     num_tokens = len(live.request.prompt_token_ids) + num_outputs
-    if num_outputs == live.request.params.max_tokens or num_tokens >= model.max_model_len:
-        return FinishReason.LENGTH, None
-    return None
+    return num_outputs == live.request.params.max_tokens or num_tokens >= model.max_model_len
 
 
 def read_tokens(live: Live, choice: Choice, completion: Any, output: StepOutput) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from pdserve.block_keys import block_keys
-from pdserve.engine.core.sequences import end_of
+from pdserve.ends import end_of
 from pdserve.errors import ConfigError, ContextLengthExceeded, EngineFailed, InvalidRequest, NotSupported
 from pdserve.types import FinishReason, Phase, SamplingParams
 
