@@ -18,7 +18,7 @@ from pdserve_cli.cluster import Cluster
 MODEL = "smollm2-135m"
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
-WAIT_S = 30.0
+WAIT_S = 60.0
 """Bound of every wait: far beyond what is ever needed, so that a busy machine fails no test."""
 _IDLE = (
     "vllm:num_requests_running",

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 async def _stat(address: str) -> wire.Stat:
     channel = Channel(address)
     try:
-        return await channel.call(wire.STAT, wire.StatQuery(), timeout_s=10)
+        return await channel.call(wire.STAT, wire.StatQuery(), timeout_s=60)
     finally:
         await channel.close()
 

@@ -102,13 +102,13 @@ async def test_a_prefill_worker_finishes_its_prompts_and_their_hand_over(start_s
 async def test_a_router_finishes_its_streams_and_refuses_newcomers(start_sim: Any, http_to: Any) -> None:
     cluster = await start_sim()
     http, newcomer = http_to(cluster), http_to(cluster)
-    stream = Streaming(http, ask(max_tokens=100))
+    stream = Streaming(http, ask(max_tokens=250))
     whole = asyncio.create_task(http.post(TEXT, json=ask(LONG, max_tokens=10)))
     options = [("grpc.enable_http_proxy", 0)]
     async with grpc.aio.insecure_channel(cluster.grpc_address, options=options) as channel:
         stub = pb_grpc.InferenceServiceStub(channel)
         ids = common.TokenIds(token_ids=b"".join(i.to_bytes(4, "little") for i in SHORT))
-        params = common.SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
+        params = common.SamplingParams(max_tokens=250, temperature=0, ignore_eos=True)
         call = stub.Generate(pb.GenerateRequest(model=MODEL, prompt_token_ids=ids, params=params))
         first = await call.read()
         await stream.has(3)
@@ -122,7 +122,7 @@ async def test_a_router_finishes_its_streams_and_refuses_newcomers(start_sim: An
         while (message := await call.read()) is not grpc.aio.EOF:
             messages.append(message)
     tokens = [token for message in messages for choice in message.choices for token in choice.token_ids]
-    assert tokens == sim_tokens(SHORT, max_tokens=100, ignore_eos=True, temperature=0)
+    assert tokens == sim_tokens(SHORT, max_tokens=250, ignore_eos=True, temperature=0)
     events = await stream.result()
     assert (events.done, events.token_ids) == (True, tokens)
     response = await asyncio.wait_for(whole, WAIT_S)

@@ -95,7 +95,7 @@ def shuffled(seed: int, count: int = 32) -> list[int]:
 def test_two_threads_bring_every_block_to_its_place_and_touch_no_other(pair: Pair) -> None:
     pair.target.blocks[:] = 0xAB
     source, target, both = shuffled(1), shuffled(2), threading.Barrier(2)
-    peer = pair.watched(lambda first: both.wait(20) if peer.calls <= 2 else None)
+    peer = pair.watched(lambda first: both.wait(60) if peer.calls <= 2 else None)
     pair.pull(pair.manifest(source), target, peer)
     assert len(peer.threads) == 2
     assert (pair.target.blocks[target] == pair.source.blocks[source]).all()
@@ -130,7 +130,7 @@ def test_the_first_failure_stops_the_other_thread_and_is_what_is_raised(pair: Pa
 
     def one_fails(first: Range) -> None:
         if peer.calls <= 2:
-            seen.wait(20)
+            seen.wait(60)
             if threading.current_thread().name.endswith("_1"):
                 raise PeerLost("gone")
 

@@ -226,7 +226,7 @@ def test_close_leaves_no_thread(region: Region, transport: TcpTransport) -> None
     transport.close()
     for thread in threading.enumerate():
         if thread.name.startswith("kv-tcp") and str(transport.port) in thread.name:
-            thread.join(20)
+            thread.join(60)
             assert not thread.is_alive()
     silent.close()
 

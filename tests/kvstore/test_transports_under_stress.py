@@ -186,7 +186,7 @@ def test_withdrawing_memory_under_a_reader_is_seen_by_it(near: Transport, far: T
 def test_a_stalled_peer_costs_one_typed_error_and_nothing_arrives_afterwards(name: str) -> None:
     """The peer is stopped, not dead. Who could read it all the same may; else the read ends in time, and when the peer
     wakes up, no byte of it may reach memory that has another use by then."""
-    transport = make(name, progress_timeout_s=1.0)
+    transport = make(name, progress_timeout_s=3.0)
     with peer_process(name, 4, MB) as child:
         child.tell("fill 77")
         peer = transport.connect(child.descriptor)

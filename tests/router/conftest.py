@@ -97,7 +97,7 @@ class Collector:
         self.some.set()
 
     async def result(self) -> Collector:
-        await asyncio.wait_for(self.over.wait(), 20)
+        await asyncio.wait_for(self.over.wait(), 60)
         return self
 
 
@@ -134,7 +134,7 @@ class House:
             return built[0]
 
         worker = Worker(
-            WorkerConfig(worker_id=name, listen=listen, engine="sim", drain_timeout_s=5.0, **config), role, build
+            WorkerConfig(worker_id=name, listen=listen, engine="sim", drain_timeout_s=60.0, **config), role, build
         )
         await worker.start()
         self.workers.append(worker)
@@ -200,7 +200,7 @@ class House:
             await worker.stop()
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - it looks at others' state, which signals nothing
             await asyncio.sleep(0.002)

@@ -152,7 +152,7 @@ async def follow(script, number, *, config=None, clock=None):
     given = {} if clock is None else {"clock": clock}
     discovery = KubernetesDiscovery(config or KubernetesConfig(), script, **given)
     sets = []
-    async with asyncio.timeout(10), aclosing(discovery.watch()) as changes:
+    async with asyncio.timeout(60), aclosing(discovery.watch()) as changes:
         async for addresses in changes:
             sets.append({address.split(":")[0] for address in addresses})
             if len(sets) == number:
@@ -204,7 +204,7 @@ async def test_it_tells_whether_it_is_answered():
     script = Script([listed("5", ONE)], [[DiscoveryError("broken")]])
     discovery = KubernetesDiscovery(KubernetesConfig(), script)
     assert not discovery.answering
-    async with asyncio.timeout(10), aclosing(discovery.watch()) as changes:
+    async with asyncio.timeout(60), aclosing(discovery.watch()) as changes:
         await anext(changes)
         assert discovery.answering
         waiting = asyncio.ensure_future(anext(changes))

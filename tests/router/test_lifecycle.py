@@ -149,7 +149,7 @@ async def test_cancel_frees_both_workers(house, sink, incoming, when):
     handle = core.submit(incoming("x" * 200, n=2, max_tokens=1000), got)
     if when == "mid-stream":
         got.wanted = 5
-        await asyncio.wait_for(got.some.wait(), 10)
+        await asyncio.wait_for(got.some.wait(), 60)
     handle.cancel()
     handle.cancel()
     await house.wait_idle()
@@ -212,7 +212,7 @@ async def test_a_decode_worker_lost_mid_stream_is_an_error_that_says_work_was_do
     core, got = await house.core(), sink()
     got.wanted = 6
     core.submit(incoming("x" * 100, max_tokens=1000), got)
-    await asyncio.wait_for(got.some.wait(), 10)
+    await asyncio.wait_for(got.some.wait(), 60)
     await drop_streams(decode)
     await got.result()
     assert isinstance(got.error, WorkerLost)
@@ -225,7 +225,7 @@ async def test_a_prefill_worker_lost_after_the_hand_over_costs_nothing(house, si
     core, got = await house.core(), sink()
     got.wanted = 6
     handle = core.submit(incoming("x" * 100, max_tokens=40), got)
-    await asyncio.wait_for(got.some.wait(), 10)
+    await asyncio.wait_for(got.some.wait(), 60)
     await drop_streams(prefill)
     await got.result()
     assert got.error is None
@@ -255,7 +255,7 @@ async def test_a_draining_worker_finishes_what_it_has_and_gets_nothing_new(house
     core, got = await house.core(), sink()
     got.wanted = 3
     handle = core.submit(incoming(max_tokens=40), got)
-    await asyncio.wait_for(got.some.wait(), 10)
+    await asyncio.wait_for(got.some.wait(), 60)
     draining = asyncio.ensure_future(decode.drain())
     await wait_until(lambda: core.ready() is not None)
     with pytest.raises(NoWorker, match="d0: draining"):
@@ -293,11 +293,16 @@ async def test_a_leg_without_progress_is_charged_to_its_own_clock(house, sink, i
 
 async def test_the_clients_own_timeout_ends_a_request_that_makes_progress(house, sink, incoming):
     await house.pair(SLOW_DECODE)
-    core, got = await house.core(), sink()
-    core.submit(incoming(max_tokens=2000, timeout_ms=150), got)
-    await got.result()
-    assert isinstance(got.error, DeadlineExceeded)
+    core = await house.core()
+    for timeout_ms in (150, 1500, 10_000):  # a busy machine may need longer to begin
+        got = sink()
+        core.submit(incoming(max_tokens=3900, timeout_ms=timeout_ms), got)
+        await got.result()
+        assert isinstance(got.error, DeadlineExceeded)
+        if got.error.work_done:
+            break
     assert got.error.work_done
+    assert got.token_ids
     await house.wait_idle()
 
 

@@ -51,7 +51,7 @@ class Reply:
         got = self.tokens[choice]
         return [got[i] for i in sorted(got)]
 
-    async def until(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
         async with asyncio.timeout(timeout_s):
             while not condition():
                 self.changed.clear()
@@ -207,7 +207,7 @@ class RouterSession:
     def cancel_choice(self, reply: Reply, choice: int) -> None:
         self.send(RouterUpdate(choice_cancels=[reply.handle + choice]))
 
-    async def until(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
         async with asyncio.timeout(timeout_s):
             while not condition():
                 self.changed.clear()
@@ -271,7 +271,7 @@ class PairRequest:
 
     async def result(self, choice: int = 0) -> list[int]:
         """All tokens of a choice, prefill's and decode's, each once. Raises the error of either side."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not self.all_finished:
                 for reply in (self.first, self.rest):
                     if reply.error is not None:

@@ -6,6 +6,8 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from queue import SimpleQueue
+from typing import Any
 
 import pytest
 from worker_pair import SIM, Constant, expected, make_request
@@ -36,6 +38,33 @@ class CountingEngine(SimEngine):
         return super().step()
 
 
+class Inbox(SimpleQueue[Any]):
+    """Tells whether the thread sleeps on it. `get` has no time-out here: a thread that polled would fail."""
+
+    def __init__(self) -> None:
+        self._waits, self._put, self._taken = False, 0, 0
+
+    @property
+    def rests(self) -> bool:
+        return self._waits and self._put == self._taken
+
+    def put(self, command: Any) -> None:  # type: ignore[override]
+        self._put += 1
+        super().put(command)
+
+    def get(self) -> Any:  # type: ignore[override]
+        self._waits = True
+        command = super().get()
+        self._waits = False
+        self._taken += 1
+        return command
+
+    def get_nowait(self) -> Any:
+        command = super().get_nowait()
+        self._taken += 1
+        return command
+
+
 class Harness:
     def __init__(self) -> None:
         self.rounds: list[Round] = []
@@ -47,7 +76,14 @@ class Harness:
             on_failed=self.failures.append,
             max_commands=100,
         )
+        self.inbox = self.thread._inbox = Inbox()
         self.changed = asyncio.Event()
+
+    async def rest(self) -> None:
+        """Until the thread sleeps, and would for ever."""
+        async with asyncio.timeout(60):
+            while not self.inbox.rests:  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(0.001)
 
     def on_round(self, round_: Round) -> None:
         self.rounds.append(round_)
@@ -58,7 +94,7 @@ class Harness:
         return [token for round_ in self.rounds for token in round_.result.output.token_ids]
 
     async def until_tokens(self, num_tokens: int) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(self.tokens) < num_tokens:
                 self.changed.clear()
                 await self.changed.wait()
@@ -113,13 +149,9 @@ async def test_a_command_that_finds_no_room_is_tried_again_when_something_has_ch
             return room[0] if room else None
 
         waiting = h.thread.call_when_possible(attempt)
-        await h.thread.call(lambda engine: None)
-        await asyncio.sleep(0.05)  # now the thread rests
+        await h.rest()
         assert not waiting.done()
-        num_tries = len(tries)
-        assert num_tries
-        await asyncio.sleep(0.05)
-        assert len(tries) == num_tries, "it polled"
+        assert tries == [1], "once, when it came"
         h.thread.post(lambda engine: room.append("here"))
         assert await waiting == "here"
 
@@ -128,11 +160,12 @@ async def test_an_idle_engine_is_left_alone() -> None:
     async with harness() as h:
         h.thread.post(lambda engine: engine.submit(make_request(max_tokens=3), 1, Phase.FULL))
         await h.until_tokens(3)
+        await h.rest()
+        steps = h.engine.num_steps
         await h.thread.call(lambda engine: None)
-        await asyncio.sleep(0.01)
-        asked, steps = h.engine.num_asked, h.engine.num_steps
-        await asyncio.sleep(0.1)
-        assert (h.engine.num_asked, h.engine.num_steps) == (asked, steps)
+        await h.rest()
+        assert h.engine.num_steps == steps, "a command alone makes no step"
+        assert not h.failures
 
 
 async def test_the_load_is_told_before_the_engine_goes_to_rest() -> None:
@@ -167,7 +200,7 @@ def _block_the_loop(h: Harness) -> None:
 async def test_a_full_inbox_refuses_submissions() -> None:
     async with harness() as h:
         held = threading.Event()
-        h.thread.post(lambda engine: held.wait(20))
+        h.thread.post(lambda engine: held.wait(60))
         for _ in range(100):
             h.thread.post(lambda engine: None)
         with pytest.raises(Overloaded) as caught:
@@ -182,7 +215,7 @@ async def test_an_engine_that_raises_is_closed_and_told_of() -> None:
     async with harness() as h:
         h.engine.fail_at = 3
         h.thread.post(lambda engine: engine.submit(make_request(max_tokens=50), 1, Phase.FULL))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not h.failures:  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
         assert "ValueError: broken" in h.failures[0].message

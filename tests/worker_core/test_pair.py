@@ -216,7 +216,7 @@ async def test_cancel_during_a_pull_frees_the_target_only_after_the_read_has_end
 async def test_a_deadline_during_a_pull_ends_the_request_at_once_and_the_blocks_later() -> None:
     async with running_pair() as pair:
         gate = Gate().install(pair.decode_worker)
-        handed = pair.start(make_request(timeout_ms=300))
+        handed = pair.start(make_request(timeout_ms=1500))
         await gate.reached()
         with pytest.raises(DeadlineExceeded) as caught:
             await handed.rest.result()
@@ -296,8 +296,8 @@ async def test_a_ticket_that_nobody_used_expires_and_frees_its_blocks() -> None:
 
 async def test_a_lease_is_renewed_while_a_slow_prefill_goes_on() -> None:
     slow = sim_builder(timing=Constant(60.0))
-    async with running_pair(prefill_build=slow, prefill_overrides={"ticket_lease_s": 0.9}) as pair:
-        request = make_request(length=64 * 25)  # 1.5 s
+    async with running_pair(prefill_build=slow, prefill_overrides={"ticket_lease_s": 2.0}) as pair:
+        request = make_request(length=64 * 45)  # 2.7 s
         assert await pair.run(request) == expected(request)
         await pair.until_free()
 

@@ -134,7 +134,7 @@ async def test_a_killed_prefill_worker_gives_a_typed_error_quickly_and_never_a_t
 
 async def test_a_prefill_worker_that_dies_between_two_chunks_is_found_out_by_the_lease() -> None:
     async with (
-        worker_process("prefill", ticket_lease_s=0.9, **SLOW) as p,
+        worker_process("prefill", ticket_lease_s=3.0, **SLOW) as p,
         running(Role.DECODE) as decode_worker,
     ):
         prefill = await RouterSession.open(p.address)

@@ -154,11 +154,14 @@ async def test_one_router_gets_one_message_a_step() -> None:
 async def test_a_deadline_ends_the_request_with_its_leg() -> None:
     async with running(build=SLOW) as worker:
         router = await RouterSession.open(worker.address)
-        slow = router.submit(make_request("slow", max_tokens=7000, timeout_ms=100), Phase.FULL)
         other = make_request("other", max_tokens=40, timeout_ms=60_000)
         unhurried = router.submit(other, Phase.FULL)
-        with pytest.raises(DeadlineExceeded) as caught:
-            await slow.result()
+        for timeout_ms in (100, 1000, 10_000):  # a busy machine may need longer to begin
+            slow = router.submit(make_request("slow", max_tokens=7000, timeout_ms=timeout_ms), Phase.FULL)
+            with pytest.raises(DeadlineExceeded) as caught:
+                await slow.result()
+            if caught.value.work_done:
+                break
         assert (caught.value.leg, caught.value.work_done) == ("decode", True)
         assert await unhurried.result() == expected(other)
         await until_free(worker)

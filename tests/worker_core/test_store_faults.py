@@ -18,6 +18,7 @@ from pdserve.engine.sim import SimEngineConfig
 from pdserve.errors import DeadlineExceeded
 from pdserve.types import Phase, Request
 from pdserve.wire.session import RouterUpdate, Submission
+from worker_core import fetcher
 from worker_core.worker import Worker
 
 
@@ -33,11 +34,11 @@ class Held:
         self._left -= 1
         if self._left == 0:
             self.arrived.set()
-            assert self.open.wait(20), "nothing opened the gate"
+            assert self.open.wait(60), "nothing opened the gate"
         return self._real(*arguments)
 
     async def reached(self) -> None:
-        assert await asyncio.to_thread(self.arrived.wait, 20), "nothing came"
+        assert await asyncio.to_thread(self.arrived.wait, 60), "nothing came"
 
 
 class LateOpen:
@@ -185,7 +186,7 @@ async def test_blocks_that_get_another_owner_while_they_are_read_are_computed() 
 
 
 async def test_a_lease_is_renewed_while_a_slow_read_goes_on() -> None:
-    async with a_known_prompt(store={"lease_s": 0.3}) as (node, request):
+    async with a_known_prompt(store={"lease_s": 2.0}) as (node, request):
         gate = reads(node.workers[1])
         reply = begin(node.routers[1], request)
         await gate.reached()
@@ -283,8 +284,9 @@ async def test_a_stop_in_the_middle_of_a_read_waits_for_its_thread() -> None:
 
 
 async def test_a_store_that_does_not_answer_is_done_without() -> None:
-    async with a_known_prompt(store_timeout_s=0.1) as (node, request):
+    async with a_known_prompt() as (node, request):
         worker = node.workers[1]
+        worker.store.fetcher._timeout_s = 0.1
         client = worker.store.link.client
         never = asyncio.Event()
 
@@ -299,9 +301,10 @@ async def test_a_store_that_does_not_answer_is_done_without() -> None:
         assert (await node.run(1, other)).tokens == expected(other)
 
 
-async def test_without_room_in_the_engine_the_prompt_waits_and_is_computed() -> None:
+async def test_without_room_in_the_engine_the_prompt_waits_and_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetcher, "OPEN_S", 0.1)
     small = SimEngineConfig(core=CoreConfig(num_blocks=48, chunk_tokens=64, max_num_batched_tokens=256))
-    async with running_node(workers=2, build=sim_builder(small), store_timeout_s=0.1) as node:
+    async with running_node(workers=2, build=sim_builder(small)) as node:
         request = make_request("known", length=640)
         await node.run(0, request)
         await node.stored(39)

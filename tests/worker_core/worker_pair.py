@@ -103,7 +103,7 @@ class Gate:
 
     def pass_through(self) -> None:
         self.arrived.set()
-        assert self.open.wait(20), "the gate was never opened"
+        assert self.open.wait(60), "the gate was never opened"
 
     def install(self, worker: Worker) -> Gate:
         self.pool_bytes = worker.port.pool.region.nbytes
@@ -112,7 +112,7 @@ class Gate:
         return self
 
     async def reached(self) -> None:
-        assert await asyncio.to_thread(self.arrived.wait, 20), "no pull came"
+        assert await asyncio.to_thread(self.arrived.wait, 60), "no pull came"
 
 
 class GatedTransport:
@@ -149,14 +149,14 @@ async def running(
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for something that nobody announces."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 
 async def until_free(*workers: Worker) -> None:
     """Until the engines hold no block and no part of the workers knows a request; then the books must balance."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         for worker in workers:
             while not await _is_free(worker):  # noqa: ASYNC110 - nobody announces it
                 await asyncio.sleep(0.005)

@@ -29,7 +29,7 @@ class WorkerProcess:
         self.process.send_signal(number)
 
     async def exit_code(self) -> int:
-        return await asyncio.wait_for(self.process.wait(), 30)
+        return await asyncio.wait_for(self.process.wait(), 60)
 
     async def get(self, path: str, method: str = "GET") -> tuple[int, str]:
         """Status and body of an HTTP request to its status port."""

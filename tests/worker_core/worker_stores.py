@@ -75,7 +75,7 @@ async def joined(
 ) -> AsyncIterator[Node]:
     """Workers that use a store."""
     node = Node(kvstore)
-    overrides = {"store": kvstore.address, "store_fetch": "always", **overrides}
+    overrides = {"store": kvstore.address, "store_fetch": "always", "store_timeout_s": 60.0, **overrides}
     async with AsyncExitStack() as stack:
         for _ in range(workers):
             worker = await stack.enter_async_context(running(Role.PREFILL, build, **overrides))

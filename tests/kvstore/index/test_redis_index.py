@@ -60,7 +60,7 @@ async def router(redis: RedisProcess) -> AsyncIterator:
 
 
 async def until(condition) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - what is waited for is outside of this process
             await asyncio.sleep(TICK_S)
 

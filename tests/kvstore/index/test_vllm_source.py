@@ -50,7 +50,7 @@ class Follower:
 
 
 async def until(condition) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - what is waited for comes over a socket
             await asyncio.sleep(0.005)
 
@@ -221,7 +221,7 @@ async def test_blocks_that_do_not_fit_end_the_source(engine, follow):
     follower = await follow()
     await engine.publish(stored([1], None, TOKENS[:6], size=6))
     with pytest.raises(ConfigError):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await follower.task
 
 

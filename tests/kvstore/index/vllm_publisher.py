@@ -82,7 +82,7 @@ class Publisher:
         self._task = asyncio.create_task(self._serve_replays())
 
     async def _bind(self, sock: zmq.asyncio.Socket, endpoint: str) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while True:
                 try:
                     return sock.bind(endpoint)
@@ -105,7 +105,7 @@ class Publisher:
 
     async def subscribed(self) -> None:
         """A subscriber has arrived: nothing is lost from now on."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await self._pub.recv()
 
     async def publish(self, *events: dict[str, Any], lose: bool = False, payload: bytes | None = None) -> None:

@@ -109,6 +109,6 @@ async def get(client: StoreClient, block_keys: list[bytes], **options: object) -
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 (what it waits for tells nobody)
             await asyncio.sleep(0.01)

@@ -78,7 +78,7 @@ async def test_what_is_read_is_right_and_the_index_agrees(tmp_path: Path, seed: 
             assert store.registry.get_sample_value(f"pdserve_kvstore_{metric}", labels)
         await until(lambda: _everywhere(store, index))
         assert index.counts.gaps == 0
-        verified = await channel.call(wire.VERIFY, wire.Verify(all=True), timeout_s=10)
+        verified = await channel.call(wire.VERIFY, wire.Verify(all=True), timeout_s=60)
         assert (verified.corrupt, verified.corrupt_on_disk) == ((), 0)
         following.cancel()
         await asyncio.wait([following])

@@ -304,6 +304,6 @@ async def client(serve: Serve) -> AsyncIterator[openai.AsyncOpenAI]:
     port = await serve()
     transport = openai.DefaultAsyncHttpxClient(verify=False)  # plain HTTP; loading CA certificates takes 0.1 s
     async with openai.AsyncOpenAI(
-        api_key="none", base_url=f"http://127.0.0.1:{port}/v1", max_retries=0, timeout=20, http_client=transport
+        api_key="none", base_url=f"http://127.0.0.1:{port}/v1", max_retries=0, timeout=60, http_client=transport
     ) as made:
         yield made
