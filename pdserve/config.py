@@ -356,6 +356,15 @@ class RouterConfig(Config, frozen=True):
     body_timeout_s: Annotated[float, _doc("Between two pieces of a body.", "s", gt=0)] = 30.0
     keepalive_timeout_s: Annotated[float, _doc("An idle connection is closed after this.", "s", gt=0)] = 75.0
     queue_timeout_s: Annotated[float, _doc("A request may wait so long at the router for a worker.", "s", gt=0)] = 60.0
+    worker_grace_s: Annotated[
+        float,
+        _doc(
+            "A request that finds no worker of a role waits so long for one that is known and may come soon: not "
+            "connected yet, restarting, or draining and to be replaced. 0: it is refused at once.",
+            "s",
+            ge=0,
+        ),
+    ] = 5.0
     prefill_timeout_s: Annotated[
         float, _doc("Without progress at prefill for this long the request fails there.", "s", gt=0)
     ] = 120.0

@@ -171,6 +171,12 @@ class RouterMetrics:
         self.waiting = Gauge(
             "pdserve_requests_waiting", "Requests that wait for a worker.", ("model_name",), registry=registry
         )
+        self.worker_grace = Counter(
+            "pdserve_worker_grace",
+            "Requests that found no worker and waited for one that was known: found, not_found, or ended before.",
+            ("model_name", "outcome"),
+            registry=registry,
+        )
         self.retries = Counter(
             "pdserve_retries",
             "Requests placed again, by what failed before.",

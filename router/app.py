@@ -171,6 +171,7 @@ def core_options(config: RouterConfig) -> CoreOptions:
         timeouts=timeouts,
         num_records=config.records,
         max_queue_s=config.slo.ttft_ms / 1000 if config.slo.enforce else math.inf,
+        grace_s=config.worker_grace_s,
     )
 
 

@@ -6,11 +6,12 @@ Implements `router.base.Core`. One event loop, no task for a request.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from pdserve.errors import InvalidRequest, ModelNotFound, Overloaded, PdserveError
@@ -46,6 +47,8 @@ class CoreOptions:
     num_records: int
     max_queue_s: float = math.inf
     """A request that would wait longer for a worker is refused at once."""
+    grace_s: float = 0.0
+    """With no worker ready, a request waits so long for one that is known and may come soon."""
 
 
 MakeModels = Callable[["RouterCore"], Sequence[ServedModel]]
@@ -70,6 +73,9 @@ class RouterCore:
         self.admission = Admission(options.max_inflight, options.max_waiting)
         self._traces = traces
         self._active: dict[str, ActiveRequest] = {}
+        self._expecting: set[asyncio.Task[Incoming]] = set()
+        """Requests that came before any worker of their model."""
+        self._fleet_changed = asyncio.Event()
         self._deadlines = Deadlines(self.loop)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -88,7 +94,29 @@ class RouterCore:
 
     def prepare(self, incoming: Incoming) -> asyncio.Future[Incoming] | None:
         served = self._by_name.get(incoming.model)
-        return None if served is None else served.prompts.prepare(incoming, self.loop)
+        if served is None:
+            return None
+        if served.unknown and len(self._expecting) < self.options.max_waiting:
+            return self._track(self.loop.create_task(self._prepare_later(served, incoming)))
+        return served.prompts.prepare(incoming, self.loop)
+
+    async def _prepare_later(self, served: ServedModel, incoming: Incoming) -> Incoming:
+        """This router has just been started, and no worker has said yet what the model takes. What comes of waiting
+        for the first one is seen by `submit`."""
+        arrived_s = time.monotonic() if incoming.arrived_s is None else incoming.arrived_s
+        wait_s = min(self.options.grace_s, incoming.timeout_ms / 1000 if incoming.timeout_ms else math.inf)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                while served.unknown:
+                    await self._fleet_changed.wait()
+        later = served.prompts.prepare(incoming, self.loop)
+        return replace(incoming if later is None else await later, arrived_s=arrived_s)
+
+    def _track(self, preparing: asyncio.Task[Incoming]) -> asyncio.Task[Incoming]:
+        """Bounded, and ended with the router."""
+        self._expecting.add(preparing)
+        preparing.add_done_callback(self._expecting.discard)
+        return preparing
 
     def submit(self, incoming: Incoming, sink: Sink) -> ActiveRequest:
         arrived = time.monotonic() if incoming.arrived_s is None else incoming.arrived_s
@@ -137,6 +165,8 @@ class RouterCore:
             active.fail(error)
         self._deadlines.close()
         self._ticking.cancel()
+        for preparing in self._expecting:
+            preparing.cancel()
         for served in self.served:
             served.placer.close()
             served.prompts.close()
@@ -238,6 +268,8 @@ class RouterCore:
 
     def _on_fleet(self) -> None:
         self.prefixes.follow(self.fleet.links)
+        self._fleet_changed.set()
+        self._fleet_changed = asyncio.Event()
         for served in self.served:
             served.placer.changed()
 

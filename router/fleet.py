@@ -107,6 +107,12 @@ class Fleet:
             if link.info.role is role and link.info.model.name == model and not link.draining
         ]
 
+    def awaits(self, model: str, role: Role) -> bool:
+        """A worker of this role may come soon: one is known and not connected, or one drains, as those do that are to
+        be replaced."""
+        leaving = (link.info.role is role and link.draining for link in self.links if link.info.model.name == model)
+        return any(leaving) or any(keeper.expects(model, role) for keeper in self._keepers.values())
+
     def pairs(self, model: str) -> Iterator[tuple[Link, Link]]:
         """(prefill, decode) that can hand KV over."""
         for prefill in self.of_model(model, Role.PREFILL):

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from pdserve.errors import PdserveError, ProtocolMismatch, WorkerLost
 from pdserve.rpc import Channel, Tls
+from pdserve.types import Role, WorkerInfo
 from pdserve.wire import common_version
 from pdserve.wire.session import SESSION, RouterHello
 from router.session import Link, SessionStream
@@ -44,6 +45,8 @@ class Keeper:
         self._channel = Channel(address, tls=tls)
         self._max_backoff_s = max_backoff_s
         self._link: Link | None = None
+        self._last: WorkerInfo | None = None
+        """Who was connected last."""
         self._retired = False
         self.task = asyncio.create_task(self._keep())
 
@@ -61,6 +64,11 @@ class Keeper:
             return False
         self._retired = False
         return True
+
+    def expects(self, model: str, role: Role) -> bool:
+        """Nobody is connected, and who comes may be a worker of this model in this role, as far as can be known."""
+        last = self._last
+        return self._link is None and (last is None or (last.model.name, last.role) == (model, role))
 
     async def close(self) -> None:
         """End the stream; the worker cancels what is left on it."""
@@ -104,7 +112,7 @@ class Keeper:
             level = logging.INFO if link.draining else logging.WARNING
             log.log(level, "worker %s at %s is gone: %s", link.info.worker_id, self._address, error)
         finally:
-            self._link = None
+            self._link, self._last = None, link.info
             self._holder.remove(link)
 
     async def _greet(self, stream: SessionStream) -> Link:

@@ -73,8 +73,12 @@ def _make_one(
     around = Surroundings(clock, predictor, core.prefixes, links, options.block_tokens)
     breakers = LinkBreakers(links, options.breaker, metrics, name, clock)
     policy: Policy[Link] = make_policy(options.policy, around, seed=options.seed, rules=_rules(options))
-    placing = PlacerOptions(name, options.block_tokens, options.disaggregate != "never")
-    placer = Placer(placing, policy, core.fleet, core.prefixes, breakers, predictor, core.loop)
+    placing = PlacerOptions(name, options.block_tokens, options.disaggregate != "never", core.options.grace_s)
+
+    def count_grace(outcome: str) -> None:
+        metrics.worker_grace.labels(name, outcome).inc()
+
+    placer = Placer(placing, policy, core.fleet, core.prefixes, breakers, predictor, core.loop, count_grace)
     metrics.waiting.labels(name).set_function(lambda: placer.num_waiting)
     if isinstance(policy, Conductor):
         metrics.disaggregation_gain.labels(name).set_function(lambda: policy.disaggregation_gain_s)

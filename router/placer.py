@@ -8,13 +8,17 @@ meet: the policy, the fleet, the prefix index and its audit, and the breakers of
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pdserve.errors import HandoverError, PdserveError, WorkerLost
-from pdserve.types import PromptStats
+from pdserve.rpc import guard
+from pdserve.types import PromptStats, Role
 from router.breakers import LinkBreakers
 from router.fleet import Fleet
+from router.grace import Grace
 from router.prefixes import PrefixIndex
 from router.request import ActiveRequest
 from router.scheduling.base import Ask, Decision, Pick, Policy
@@ -31,12 +35,17 @@ MIN_PLAN_PAUSE_S = 0.001
 FIRST_INTERVAL_S = 0.1
 """Assumed before any request had to wait."""
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class PlacerOptions:
+    """`grace_s`: a request may wait so long for a worker that is known but not there."""
+
     model: str
     block_tokens: int
     disaggregate: bool
+    grace_s: float = 0.0
 
 
 class Placer:
@@ -51,6 +60,7 @@ class Placer:
         breakers: LinkBreakers,
         predictor: Predictor,
         loop: asyncio.AbstractEventLoop,
+        count_grace: Callable[[str], None] = lambda outcome: None,
     ) -> None:
         self.policy = policy
         self.breakers = breakers
@@ -68,6 +78,7 @@ class Placer:
         self._version = -1
         self._interval_s = FIRST_INTERVAL_S
         self._last_bound_s: float | None = None
+        self._grace = Grace(options.grace_s, loop, expects=self.expects, again=self._seek_again, count=count_grace)
 
     # ---- what the core asks ----
 
@@ -91,6 +102,7 @@ class Placer:
             self._decide_on(ask)
         except BaseException:
             self._waiting.pop(ask, None)
+            self._grace.end(ask, "not_found")
             del self._asks[active]
             self.policy.ended(ask)
             raise
@@ -102,7 +114,7 @@ class Placer:
         refusal: PdserveError | None = None
         for decision in self._decide():
             if decision.ask is ask and decision.error is not None:
-                refusal = decision.error
+                refusal = None if self._grace.takes(ask, decision.error) else decision.error
             else:
                 self._carry_out(decision)
         self._arm()
@@ -124,6 +136,7 @@ class Placer:
     def changed(self) -> None:
         """The fleet."""
         self.breakers.keep({link.info.worker_id for link in self._links()})
+        self._seek_again()
         self._poke()
 
     def tick(self) -> None:
@@ -133,6 +146,11 @@ class Placer:
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self._grace.close()
+
+    def expects(self, role: Role) -> bool:
+        """A worker of this model may come soon, and requests may wait for it."""
+        return self._options.grace_s > 0 and self._fleet.awaits(self._options.model, role)
 
     # ---- what requests tell ----
 
@@ -205,6 +223,7 @@ class Placer:
         ask = self._asks.pop(active, None)
         if ask is None:
             return
+        self._grace.end(ask, "ended")
         last = active.record.last
         if self._waiting.pop(ask, None) is None and last is not None and last.link is not None:
             self.breakers.unbound(*last.link)
@@ -249,17 +268,29 @@ class Placer:
         self._next_plan_s = now + (now - began) * (1 / PLAN_SHARE - 1)
 
     def _carry_out(self, decision: Decision[Link]) -> None:
-        active = self._waiting.pop(decision.ask)
-        if decision.error is not None:
-            active.not_placed(decision.error)
+        """What goes wrong with one decision of a plan is its own request's misfortune: the others are carried out."""
+        active = self._waiting.get(decision.ask)
+        if active is None:
+            return  # it ended while an earlier decision of this plan was carried out
+        if decision.error is not None and self._grace.takes(decision.ask, decision.error):
             return
-        self._count_bound()
-        decision = self._over_whole_links(decision)
+        del self._waiting[decision.ask]
+        self._grace.end(decision.ask, "found" if decision.error is None else "not_found")
         try:
-            active.bind(decision)
+            if decision.error is not None:
+                active.not_placed(decision.error)
+            else:
+                self._bind(active, decision)
         except WorkerLost as error:
             self._loop.call_soon(active.retry, error)
-            return
+        except Exception as error:
+            log.exception("a placement failed", extra={"request_id": active.request_id})
+            self._loop.call_soon(active.fail, guard(error))
+
+    def _bind(self, active: ActiveRequest, decision: Decision[Link]) -> None:
+        self._count_bound()
+        decision = self._over_whole_links(decision)
+        active.bind(decision)
         if decision.prefill is not None and decision.decode is not None:
             self.breakers.bound(decision.prefill.info.worker_id, decision.decode.info.worker_id)
         computes = decision.prefill or decision.decode
@@ -267,6 +298,14 @@ class Placer:
         active.record.revision = computes.info.model.revision
         if decision.forecast.num_cached_tokens:
             active.attempt.prefix_source = self._prefixes.source(computes.info)
+
+    def _seek_again(self) -> None:
+        """Put those that found no worker back into the queue; since when they wait stays known."""
+        for ask in self._grace.wake():
+            since = ask.arrived_s
+            self.policy.enqueue(ask)
+            ask.arrived_s = since
+        self._poke()
 
     def _over_whole_links(self, decision: Decision[Link]) -> Decision[Link]:
         """A policy that knows nothing of breakers may choose a link that is closed: then decode does it all."""

@@ -108,7 +108,7 @@ class ActiveRequest:
         second.submit(request)
         try:
             first.submit(request, prefix_store)
-        except WorkerLost:
+        except BaseException:
             second.cancel()
             raise
         self._prefill, self._decode = first, second

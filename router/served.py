@@ -62,13 +62,24 @@ class ServedModel:
         self._fleet = fleet
         self._needs_pairs = needs_pairs
         self._known = _Known(-1, None, (), None)
+        self._last_bounds: Bounds | None = None
+        """Of the last workers there were."""
 
     def bounds(self) -> Bounds:
-        """Raises `NoWorker` while nobody has the model."""
-        bounds = self._now().bounds
+        """Raises `NoWorker` while nobody has the model, unless a worker like the last ones may come soon."""
+        bounds = self._now().bounds or (self._last_bounds if self._may_come() else None)
         if bounds is None:
             raise self._nobody_has()
+        self._last_bounds = bounds
         return bounds
+
+    @property
+    def unknown(self) -> bool:
+        """Nothing can be said of a request yet: no worker was ever connected, but one may come soon."""
+        return self._last_bounds is None and self._now().bounds is None and self._may_come()
+
+    def _may_come(self) -> bool:
+        return any(self.placer.expects(role) for role in Role)
 
     def infos(self) -> Sequence[ModelInfo]:
         """One by each of its names; none while it can't be served."""
