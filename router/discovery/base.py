@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable
-from typing import Protocol
+from contextlib import aclosing
+from typing import ClassVar, Protocol
 
 from pdserve.errors import ConfigError, ServiceError
 
@@ -66,3 +69,47 @@ class Backoff:
         wait_s = self._next_s
         self._next_s = min(2 * wait_s, self.MAX_S)
         return wait_s * random.uniform(0.5, 1.0)
+
+
+class AskingDiscovery(ABC):
+    """Base of those that ask somebody else, and ask again when that fails: `Discovery` but for whom, and how."""
+
+    failures: ClassVar[tuple[type[Exception], ...]]
+    """After these it asks again; anything else is a bug and ends `watch`."""
+
+    def __init__(self) -> None:
+        self._backoff = Backoff()
+        self._told: frozenset[str] | None = None
+
+    @property
+    def answering(self) -> bool:
+        return self._told is not None and not self._backoff.failing
+
+    async def watch(self) -> AsyncGenerator[frozenset[str]]:
+        try:
+            while True:
+                try:
+                    async with aclosing(self._answers()) as answers:
+                        async for addresses in answers:
+                            if addresses != self._told:
+                                self._told = addresses
+                                yield addresses
+                except self.failures as error:
+                    self._note(error)
+                    await asyncio.sleep(self._backoff.take())
+        finally:
+            await self._close()
+
+    @abstractmethod
+    def _answers(self) -> AsyncGenerator[frozenset[str]]:
+        """All addresses, at once and after each piece of news; when it ends it is called again. Raises `failures`, and
+        resets the backoff once it is sure of an answer."""
+        ...
+
+    @abstractmethod
+    def _note(self, error: Exception) -> None:
+        """Tell the log, once for each outage, before the next try."""
+        ...
+
+    @abstractmethod
+    async def _close(self) -> None: ...

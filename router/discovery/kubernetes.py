@@ -7,7 +7,6 @@ set stays: a worker that dies meanwhile is noticed by its own stream, one that d
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -15,7 +14,7 @@ from contextlib import aclosing
 from typing import Protocol
 
 from pdserve.config import KubernetesConfig
-from router.discovery.base import Backoff, DiscoveryError
+from router.discovery.base import AskingDiscovery, DiscoveryError
 from router.discovery.slice_api import Expired
 from router.discovery.slices import Slice, SliceList, worker_addresses
 
@@ -32,48 +31,31 @@ class Api(Protocol):
     async def close(self) -> None: ...
 
 
-class KubernetesDiscovery:
+class KubernetesDiscovery(AskingDiscovery):
     """See `router.discovery.base.Discovery`."""
 
+    failures = (DiscoveryError,)
+
     def __init__(self, config: KubernetesConfig, api: Api, *, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
         self._config = config
         self._api = api
         self._clock = clock
-        self._backoff = Backoff()
         self._slices: dict[str, Slice] = {}
         self._version = ""
         """Where the next watch begins; empty: nowhere, list first."""
         self._list_at = 0.0
-        self._told: frozenset[str] | None = None
 
-    @property
-    def answering(self) -> bool:
-        return self._told is not None and not self._backoff.failing
-
-    async def watch(self) -> AsyncGenerator[frozenset[str]]:
-        try:
-            while True:
-                try:
-                    async with aclosing(self._follow()) as changes:
-                        async for _ in changes:
-                            if (addresses := self._addresses()) != self._told:
-                                self._told = addresses
-                                yield addresses
-                except DiscoveryError as error:
-                    await self._failed(error)
-        finally:
-            await self._api.close()
-
-    async def _follow(self) -> AsyncGenerator[None]:
-        """One list if it is due, one watch; yields after each change. Raises `DiscoveryError`."""
+    async def _answers(self) -> AsyncGenerator[frozenset[str]]:
+        """One list if it is due, one watch."""
         if not self._version or self._clock() >= self._list_at:
             await self._list()
-            yield
+            yield self._addresses()
         async with aclosing(self._api.watch(self._version)) as events:
             async for kind, each in events:
                 self._apply(kind, each)
                 self._healthy()
-                yield
+                yield self._addresses()
         self._healthy()
 
     async def _list(self) -> None:
@@ -98,9 +80,11 @@ class KubernetesDiscovery:
             log.info("the Kubernetes API answers again")
         self._backoff.reset()
 
-    async def _failed(self, error: DiscoveryError) -> None:
+    def _note(self, error: Exception) -> None:
         if isinstance(error, Expired):
             self._version = ""
         elif not self._backoff.failing:
-            log.warning("%s; the workers known so far stay", error.message)
-        await asyncio.sleep(self._backoff.take())
+            log.warning("%s; the workers known so far stay", error)
+
+    async def _close(self) -> None:
+        await self._api.close()

@@ -7,7 +7,6 @@ it answers again every worker has one whole time to live to enter itself anew.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 
 from pdserve.config import RegistryConfig
 from pdserve.registry import FAILURES, Entry, WorkerList
-from router.discovery.base import Backoff
+from router.discovery.base import AskingDiscovery
 
 POLL_S = 1.0
 """Between two reads when no news come: a worker that died silently is seen this long after its time."""
@@ -53,35 +52,23 @@ class LastKnown:
             known.until = max(known.until, now + self._ttl_s)
 
 
-class RedisDiscovery:
+class RedisDiscovery(AskingDiscovery):
     """See `router.discovery.base.Discovery`."""
+
+    failures = FAILURES
 
     def __init__(self, config: RegistryConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises `ConfigError` for a URL that is none."""
+        super().__init__()
         self._list = WorkerList(config)
         self._poll_s = min(POLL_S, config.ttl_s / 3)
         self._clock = clock
         self._known = LastKnown(config.ttl_s)
-        self._backoff = Backoff()
-        self._told: frozenset[str] | None = None
 
-    @property
-    def answering(self) -> bool:
-        return self._told is not None and not self._backoff.failing
-
-    async def watch(self) -> AsyncGenerator[frozenset[str]]:
-        try:
-            while True:
-                try:
-                    async with aclosing(self._list.changes(self._poll_s)) as changes:
-                        async for _ in changes:
-                            if (addresses := await self._read()) != self._told:
-                                self._told = addresses
-                                yield addresses
-                except FAILURES as error:
-                    await self._failed(error)
-        finally:
-            await self._list.close()
+    async def _answers(self) -> AsyncGenerator[frozenset[str]]:
+        async with aclosing(self._list.changes(self._poll_s)) as changes:
+            async for _ in changes:
+                yield await self._read()
 
     async def _read(self) -> frozenset[str]:
         entries = await self._list.read()
@@ -91,7 +78,9 @@ class RedisDiscovery:
             self._known.recovered(self._clock())
         return self._known.read(entries, self._clock())
 
-    async def _failed(self, error: Exception) -> None:
+    def _note(self, error: Exception) -> None:
         if not self._backoff.failing:
             log.warning("Redis does not answer; the workers known so far stay", extra={"error": str(error)})
-        await asyncio.sleep(self._backoff.take())
+
+    async def _close(self) -> None:
+        await self._list.close()
