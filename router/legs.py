@@ -6,6 +6,7 @@ A leg owns its handle on a link and keeps the link's accounting straight; `route
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -50,7 +51,7 @@ class LegOwner(Protocol):
     def on_leg_lost(self, leg: Leg, error: WorkerLost) -> None: ...
 
 
-class Leg:
+class Leg(ABC):
     """Base: implements `router.session.LegEvents` but for `lane`."""
 
     name = "decode"
@@ -121,8 +122,8 @@ class Leg:
         self._leave_batch()
         self.link.own.num_context_tokens -= self._num_context_tokens
 
-    def lane(self, choice: int) -> Lane:
-        raise NotImplementedError
+    @abstractmethod
+    def lane(self, choice: int) -> Lane: ...
 
     def on_prompt(self, stats: PromptStats) -> None:
         self.owner.on_prompt(self, stats)

@@ -7,6 +7,7 @@ from p * n on. The first error ends the reply and cancels the prompts that still
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ _encode = msgspec.json.Encoder().encode
 _DONE = b"data: [DONE]\n\n"
 
 
-class Reply:
+class Reply(ABC):
     """What both kinds share: handles, the count of prompts that run, cancel and failure."""
 
     def __init__(self, exchange: Exchange, shape: Shape, num_prompts: int, n: int) -> None:
@@ -35,8 +36,8 @@ class Reply:
         self._num_running = num_prompts
         self._usage = Usage(0, 0, 0)
 
-    def sink(self, prompt: int) -> Sink:
-        raise NotImplementedError
+    @abstractmethod
+    def sink(self, prompt: int) -> Sink: ...
 
     def attach(self, handle: Handle) -> None:
         self.handles.append(handle)
@@ -71,8 +72,8 @@ class Reply:
     def _write_error(self, error: PdserveError) -> None:
         self.exchange.reply_error(error)
 
-    def _write_end(self, usage: Usage) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _write_end(self, usage: Usage) -> None: ...
 
 
 @dataclass(slots=True)

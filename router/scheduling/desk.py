@@ -6,6 +6,7 @@ A policy that inherits from `Desk` only says what to do with the queue (`_plan`)
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Bound(Generic[WorkerT]):
     """Predicted, at the worker's pace of then."""
 
 
-class Desk(Generic[WorkerT]):
+class Desk(ABC, Generic[WorkerT]):
     """Base of the policies; most of `router.scheduling.base.Policy`."""
 
     standing: tuple[Filter, ...] = ()
@@ -61,6 +62,7 @@ class Desk(Generic[WorkerT]):
         self._bound: dict[Ask, Bound[WorkerT]] = {}
         self._stations: list[Station[WorkerT]] = []
         self._pools: dict[tuple[Role, str], list[Station[WorkerT]]] = {}
+        self._rooms: dict[tuple[Role, str], int] = {}
         self._partners: dict[str, list[Station[WorkerT]]] = {}
         self._stores: frozenset[str] = frozenset()
         self._version = -1
@@ -140,8 +142,8 @@ class Desk(Generic[WorkerT]):
     def _rank(self, ask: Ask) -> float:
         return ask.arrived_s
 
-    def _plan(self, now: float) -> list[Decision[WorkerT]]:
-        raise NotImplementedError
+    @abstractmethod
+    def _plan(self, now: float) -> list[Decision[WorkerT]]: ...
 
     # ---- helpers ----
 
@@ -155,6 +157,7 @@ class Desk(Generic[WorkerT]):
         ]
         self._stores = frozenset(worker.info.store_address for worker in workers) - {""}
         self._pools.clear()
+        self._rooms.clear()
         self._partners.clear()
 
     def _pool(self, role: Role, model: str) -> list[Station[WorkerT]]:
@@ -165,6 +168,14 @@ class Desk(Generic[WorkerT]):
             pool = [each for each in self._stations if refusal(self.standing, each, need) is None]
             self._pools[role, model] = pool
         return pool
+
+    def _smallest_room(self, role: Role, model: str) -> int:
+        """Tokens that the KV pool of every one of them holds: less than that fits wherever."""
+        room = self._rooms.get((role, model))
+        if room is None:
+            rooms = [each.info.num_blocks * each.info.block_tokens for each in self._pool(role, model)]
+            room = self._rooms[role, model] = min(rooms, default=0)
+        return room
 
     def _partners_of(self, prefill: Station[WorkerT]) -> list[Station[WorkerT]]:
         """Decode workers that can take its KV."""

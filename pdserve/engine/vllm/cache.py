@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ from pdserve.engine.vllm.saves import Saves
 from pdserve.engine.vllm.staging import StagingPool
 
 
-class StagedCache:
+class StagedCache(ABC):
     """What the engine inherits; it makes the parts."""
 
     _staging: StagingPool
@@ -26,11 +27,11 @@ class StagedCache:
     _waiting: deque[Live]
     _filling: dict[int, Live]
 
-    def _start(self, live: Live) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _start(self, live: Live) -> None: ...
 
-    def _admit(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _admit(self) -> None: ...
 
     def cache_open(self, handle: int, keys: Sequence[bytes], first_block: int = 0) -> ImportTarget | None:
         return self._fills.open(handle, keys, first_block) if self._caches and not self._waiting else None
