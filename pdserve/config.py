@@ -372,6 +372,18 @@ class RouterConfig(Config, frozen=True):
         float, _doc("From the first token to the second: hand-over and decode's queue.", "s", gt=0)
     ] = 60.0
     decode_timeout_s: Annotated[float, _doc("Between two decoded tokens.", "s", gt=0)] = 60.0
+    heartbeat_s: Annotated[
+        float, _doc("A worker that says nothing for so long is asked for a sign of life.", "s", ge=0.2)
+    ] = 1.0
+    heartbeats_missed: Annotated[
+        int,
+        _doc(
+            "After so many intervals in a row without a word (a frozen process, a machine that is cut off) the worker "
+            "counts as lost, and its requests go elsewhere. 5: a process on a crowded machine may pause for seconds.",
+            "intervals",
+            ge=2,
+        ),
+    ] = 5
     connect_backoff_s: Annotated[float, _doc("Longest wait between two tries to reach a worker.", "s", gt=0)] = 2.0
     drain_timeout_s: Annotated[float, _doc("After SIGTERM: what runs may finish for so long.", "s", ge=0)] = 25.0
     tracing: TracingConfig = TracingConfig()

@@ -11,6 +11,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import hpack
@@ -23,9 +24,6 @@ WINDOW_BYTES = 1 << 20
 """What a peer may send before we have taken it from the socket."""
 MAX_FRAME_BYTES = 1 << 20
 """Of frames that we read (the protocol's own default is 16 KiB, and its limit 16 MiB)."""
-KEEPALIVE_S = 10.0
-"""Silence after which the peer is asked whether it lives, as for our gRPC channels."""
-KEEPALIVE_TIMEOUT_S = 5.0
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 5, 6, 7, 8, 9
@@ -40,6 +38,16 @@ _SETTING = struct.Struct(">HI")
 
 class Http2Error(Exception):
     """The peer breaks the protocol; the connection is of no more use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Whether a silent peer lives: it is asked in each interval without a word from it (in gRPC's servers a thread of
+    the library's answers, so one that computes is not silent), and given up after `missed` of them in a row. Our own
+    pauses cost one at most: the next interval begins when the last was looked at, and what came meanwhile counts."""
+
+    interval_s: float = 5.0
+    missed: int = 3
 
 
 class CallEvents(Protocol):
@@ -74,9 +82,10 @@ def frame(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
 class Http2Call(asyncio.Protocol):
     """One request whose body goes on while its response comes: `send` until `end`, events until the end."""
 
-    def __init__(self, headers: Headers, events: CallEvents) -> None:
+    def __init__(self, headers: Headers, events: CallEvents, heartbeat: Heartbeat | None = None) -> None:
         self._headers = headers
         self._events = events
+        self._heartbeat = heartbeat or Heartbeat()
         self._transport: asyncio.Transport | None = None
         self._rest = b""
         self._block: tuple[int, bytes] | None = None
@@ -91,6 +100,7 @@ class Http2Call(asyncio.Protocol):
         self._end_due = False
         self._over = False
         self._heard = True
+        self._num_missed = 0
         self._timer: asyncio.TimerHandle | None = None
         self._goodbye = ""
         self._handlers: dict[int, Callable[[int, int, bytes], None]] = {
@@ -169,7 +179,7 @@ class Http2Call(asyncio.Protocol):
             + frame(WINDOW_UPDATE, 0, 0, _U32.pack(WINDOW_BYTES - _DEFAULT_WINDOW))
             + frame(HEADERS, END_HEADERS, STREAM_ID, block)
         )
-        self._arm(KEEPALIVE_S)
+        self._arm()
         self._push()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -330,18 +340,18 @@ class Http2Call(asyncio.Protocol):
 
     # ---- a peer that is silent ----
 
-    def _arm(self, seconds: float) -> None:
+    def _arm(self) -> None:
         self._heard = False
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._check_alive, seconds)
+        self._timer = asyncio.get_running_loop().call_later(self._heartbeat.interval_s, self._check_alive)
 
-    def _check_alive(self, waited_s: float) -> None:
-        if self._heard:
-            self._arm(KEEPALIVE_S)
-        elif waited_s == KEEPALIVE_S:
-            self._write(frame(PING, 0, 0, bytes(8)))
-            self._arm(KEEPALIVE_TIMEOUT_S)
+    def _check_alive(self) -> None:
+        self._num_missed = 0 if self._heard else self._num_missed + 1
+        if self._num_missed < self._heartbeat.missed:
+            if self._num_missed:
+                self._write(frame(PING, 0, 0, bytes(8)))
+            self._arm()
         else:
-            self._lose(f"the peer has not answered for {KEEPALIVE_S + KEEPALIVE_TIMEOUT_S:g} s")
+            self._lose(f"the peer was silent for {self._num_missed * self._heartbeat.interval_s:g} s")
             if self._transport is not None:
                 self._transport.abort()
 

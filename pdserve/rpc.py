@@ -17,12 +17,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from pdserve.errors import ConfigError, EngineFailed, InvalidRequest, PayloadTooLarge, PdserveError
+from pdserve.http2 import Heartbeat
 from pdserve.rpc_errors import DETAILS_KEY, error_from_call, error_status
 from pdserve.rpc_stream import ClientStream
 from pdserve.tls import Tls
 from pdserve.wire import AnyMethod, Method
 
-__all__ = ["Channel", "ClientStream", "RpcServer", "ServerStream", "Tls", "guard", "is_loopback"]
+__all__ = ["Channel", "ClientStream", "Heartbeat", "RpcServer", "ServerStream", "Tls", "guard", "is_loopback"]
 
 ReqT = TypeVar("ReqT")
 RespT = TypeVar("RespT")
@@ -35,6 +36,8 @@ _KEEPALIVE = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
+_MIN_PING_MS = 100
+"""Half of the shortest `heartbeat_s`: a server takes pings that come more often for an attack, and hangs up."""
 _CONNECT_TIMEOUT_MS = 5_000
 """For one attempt to connect, TLS included. gRPC calls it the minimal reconnect back-off, and gives up on an attempt
 after it: a busy peer may well need more than the 100 ms that a back-off should start with."""
@@ -111,7 +114,7 @@ class RpcServer:
                 *_KEEPALIVE,
                 ("grpc.max_receive_message_length", max_message_bytes + _SLACK_BYTES),
                 ("grpc.max_send_message_length", -1),
-                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", _MIN_PING_MS),
                 ("grpc.so_reuseport", 0),
             ]
         )
@@ -271,9 +274,9 @@ class Channel:
         finally:
             call.cancel()
 
-    def open(self, method: Method[ReqT, RespT]) -> ClientStream[ReqT, RespT]:
+    def open(self, method: Method[ReqT, RespT], heartbeat: Heartbeat | None = None) -> ClientStream[ReqT, RespT]:
         """A bidirectional call, over a connection of its own."""
-        stream = ClientStream(self.address, method, self._tls)
+        stream = ClientStream(self.address, method, self._tls, heartbeat)
         self._streams.add(stream)
         return stream
 

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 import grpc
 
 from pdserve.errors import PdserveError, ProtocolMismatch, WorkerLost
-from pdserve.http2 import Headers, Http2Call
+from pdserve.http2 import Headers, Heartbeat, Http2Call
 from pdserve.rpc_errors import DETAILS_KEY, error_from_status
 from pdserve.tls import Tls
 from pdserve.wire import Method
@@ -39,14 +39,16 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 class ClientStream(Generic[ReqT, RespT]):
     """One call over a connection of its own, which is made at once in the background."""
 
-    def __init__(self, address: str, method: Method[ReqT, RespT], tls: Tls | None = None) -> None:
+    def __init__(
+        self, address: str, method: Method[ReqT, RespT], tls: Tls | None = None, heartbeat: Heartbeat | None = None
+    ) -> None:
         self._address = address
         self._method = method
         self._tls = tls
         self._encode = method.encode_request
         self._decode = method.decode_response
         self._loop = asyncio.get_running_loop()
-        self._call = Http2Call(self._request_headers(), self)
+        self._call = Http2Call(self._request_headers(), self, heartbeat)
         self._connecting = self._loop.create_task(self._connect())
         self._inbox: deque[bytes] = deque()
         self._paused = False

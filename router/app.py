@@ -19,7 +19,7 @@ from kvstore.index.metrics import IndexCollector
 from pdserve.config import RouterConfig, TlsConfig
 from pdserve.errors import ConfigError, Draining
 from pdserve.metrics import RouterMetrics, render
-from pdserve.rpc import RpcServer
+from pdserve.rpc import Heartbeat, RpcServer
 from pdserve.tracing import Tracer, tracer_of
 from pdserve.wire.session import RouterHello
 from router.breakers import BreakerRules
@@ -75,6 +75,7 @@ class Router:
             hello,
             tls=config.worker_tls.rpc(),
             max_backoff_s=config.connect_backoff_s,
+            heartbeat=Heartbeat(config.heartbeat_s, config.heartbeats_missed),
             on_change=self._on_change,
             on_lost=lambda link: self._metrics.worker_lost.labels(link.info.role.value).inc(),
         )

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
 
-from pdserve.rpc import Tls
+from pdserve.rpc import Heartbeat, Tls
 from pdserve.tasks import end_task
 from pdserve.types import ModelInfo, Role
 from pdserve.wire.session import RouterHello
@@ -35,6 +35,7 @@ class Fleet:
         *,
         tls: Tls | None,
         max_backoff_s: float,
+        heartbeat: Heartbeat | None = None,
         on_change: Callable[[], None] = lambda: None,
         on_lost: Callable[[Link], None] = lambda link: None,
     ) -> None:
@@ -42,6 +43,7 @@ class Fleet:
         self._hello = hello
         self._tls = tls
         self._max_backoff_s = max_backoff_s
+        self._heartbeat = heartbeat
         self._on_change = on_change
         self._on_lost = on_lost
         self._keepers: dict[str, Keeper] = {}
@@ -86,7 +88,9 @@ class Fleet:
             if retired is not None and retired.recall():
                 self._keepers[address] = retired
             else:
-                self._keepers[address] = Keeper(address, self, self._hello, self._tls, self._max_backoff_s)
+                self._keepers[address] = Keeper(
+                    address, self, self._hello, self._tls, self._max_backoff_s, self._heartbeat
+                )
 
     def _retire(self, address: str, keeper: Keeper) -> None:
         self._retired[address] = keeper

@@ -8,7 +8,7 @@ import random
 from typing import Protocol
 
 from pdserve.errors import PdserveError, ProtocolMismatch, WorkerLost
-from pdserve.rpc import Channel, Tls
+from pdserve.rpc import Channel, Heartbeat, Tls
 from pdserve.types import Role, WorkerInfo
 from pdserve.wire import common_version
 from pdserve.wire.session import SESSION, RouterHello
@@ -37,13 +37,20 @@ class Keeper:
     """Keeps the session with the worker at one address until `retire` or `close`."""
 
     def __init__(
-        self, address: str, holder: LinkHolder, hello: RouterHello, tls: Tls | None, max_backoff_s: float
+        self,
+        address: str,
+        holder: LinkHolder,
+        hello: RouterHello,
+        tls: Tls | None,
+        max_backoff_s: float,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self._address = address
         self._holder = holder
         self._hello = hello
         self._channel = Channel(address, tls=tls)
         self._max_backoff_s = max_backoff_s
+        self._heartbeat = heartbeat
         self._link: Link | None = None
         self._last: WorkerInfo | None = None
         """Who was connected last."""
@@ -98,7 +105,7 @@ class Keeper:
 
     async def _serve(self) -> None:
         """One connection. Raises when it could not be made; returns when it has ended."""
-        stream = self._channel.open(SESSION)
+        stream = self._channel.open(SESSION, self._heartbeat)
         try:
             link = await self._greet(stream)
         except BaseException:

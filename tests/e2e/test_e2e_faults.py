@@ -274,6 +274,44 @@ async def test_a_worker_that_freezes_is_a_timeout_and_not_a_hang(start_sim: Any,
     await answers(http)
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_what_ran_on_a_worker_that_freezes_goes_on_elsewhere(start_sim: Any, http_to: Any, role: str) -> None:
+    """Connected and silent: its heartbeats tell. What it says when it thaws is of a session that is over."""
+    cluster = await start_sim(prefill=2, decode=2, router={"heartbeat_s": 0.4, "heartbeats_missed": 4})
+    http = http_to(cluster)
+    prompt = LONG if role == "prefill" else SHORT
+    stream = Streaming(http, ask(prompt, max_tokens=400))
+    if role == "decode":
+        await stream.has(3)
+    frozen = await eventually(lambda: busy_member(cluster, role))
+    os.kill(frozen.process.pid, signal.SIGSTOP)
+    try:
+        seen = len(stream.events.token_ids)
+        await stream.has(seen + 20)
+    finally:
+        os.kill(frozen.process.pid, signal.SIGCONT)
+    events = await stream.result()
+    assert (events.done, events.error) == (True, None)
+    assert events.token_ids == sim_tokens(prompt, max_tokens=400, ignore_eos=True, temperature=0)
+    assert await cluster.metric(cluster.router, "pdserve_retries_total", reason="worker_lost") == 1
+
+    async def is_back() -> bool:
+        return await cluster.metric(cluster.router, "pdserve_workers", role=role, state="ready") == 2
+
+    await eventually(is_back)
+    await all_blocks_free(cluster)
+    for number in range(4):
+        await answers(http, [*prompt, number])
+
+
+async def busy_member(cluster: Cluster, role: str) -> Member | None:
+    """Who has the only request that runs."""
+    for member in cluster.workers:
+        if member.role == role and await cluster.metric(member, "vllm:num_requests_running") > 0:
+            return member
+    return None
+
+
 async def test_a_router_that_dies_leaves_no_work_behind(start_sim: Any, http_to: Any) -> None:
     cluster = await start_sim()
     stream = Streaming(http_to(cluster), ask(max_tokens=5000))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pdserve import http2
 from pdserve.errors import Overloaded, PdserveError, ProtocolMismatch, WorkerLost
-from pdserve.http2 import Http2Call, frame
+from pdserve.http2 import Heartbeat, Http2Call, frame
 from pdserve.rpc import RpcServer, ServerStream
 from pdserve.rpc_stream import ClientStream
 from pdserve.wire import Method
@@ -197,7 +197,9 @@ def _message(data: bytes) -> bytes:
 Talk = Callable[[Peer], object]
 
 
-async def _with_peer(use: Callable[[ClientStream[bytes, bytes], Peer], object]) -> None:
+async def _with_peer(
+    use: Callable[[ClientStream[bytes, bytes], Peer], object], heartbeat: Heartbeat | None = None
+) -> None:
     peers: asyncio.Queue[Peer] = asyncio.Queue()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -206,7 +208,7 @@ async def _with_peer(use: Callable[[ClientStream[bytes, bytes], Peer], object]) 
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        stream = ClientStream(f"127.0.0.1:{port}", ECHO)
+        stream = ClientStream(f"127.0.0.1:{port}", ECHO, heartbeat=heartbeat)
         peer = await peers.get()
         try:
             await use(stream, peer)  # type: ignore[misc]
@@ -310,20 +312,40 @@ async def test_compressed_and_endless_messages_are_refused(data: bytes) -> None:
     await _with_peer(use)
 
 
-async def test_a_silent_peer_is_asked_and_then_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http2, "KEEPALIVE_S", 0.05)
-    monkeypatch.setattr(http2, "KEEPALIVE_TIMEOUT_S", 0.06)
-
+async def test_a_silent_peer_is_asked_and_then_given_up() -> None:
     async def use(stream: ClientStream[bytes, bytes], peer: Peer) -> None:
         peer.send(SETTINGS)
-        for _ in range(2):
+        for _ in range(5):
             asked = await peer.frames_until(http2.PING)
             peer.send(frame(http2.PING, http2.ACK, 0, asked))
-        await peer.frames_until(http2.PING)
-        with pytest.raises(WorkerLost, match="has not answered"):
+        for _ in range(3):
+            await peer.frames_until(http2.PING)
+        with pytest.raises(WorkerLost, match="silent for"):
             await stream.read()
 
-    await _with_peer(use)
+    await _with_peer(use, Heartbeat(0.1, 4))
+
+
+async def test_a_server_takes_frequent_heartbeats_for_no_attack(address: str) -> None:
+    stream = ClientStream(address, ECHO, heartbeat=Heartbeat(0.2, 1000))
+    await stream.write(b"0")
+    assert await stream.read() == b"0"
+    pings, enough = [], asyncio.Event()
+    write = stream._call._write
+
+    def counted(data: bytes) -> None:
+        pings.append(data[3] == http2.PING)
+        if sum(pings) == 6:
+            enough.set()
+        write(data)
+
+    stream._call._write = counted  # type: ignore[method-assign]
+    reading = asyncio.ensure_future(stream.read())
+    reading.add_done_callback(lambda _: enough.set())
+    await asyncio.wait_for(enough.wait(), 60)
+    await stream.write(b"1")
+    assert await reading == b"1"
+    stream.cancel()
 
 
 class _Events:
