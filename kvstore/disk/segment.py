@@ -203,13 +203,14 @@ class Segment:
         return _judge(record, page, hasher.digest())
 
     def erase(self, record: Record) -> None:
-        """Void a record's header, and its state in the footer: a restart must not find it."""
+        """Void a record's state in the footer, and its header: a restart must not find it. In this order, as a start
+        believes the footer: dying in between must not leave a block listed that cannot be read."""
         if not self.writable:
             return
-        header = encode_header(record, bytes(DIGEST_BYTES), live=False)
-        os.pwrite(self._plain, header.ljust(PAGE, b"\0"), record.offset)
         if self.tail is not None:
             os.pwrite(self._plain, DEAD, self.tail.state_offset(self._ordinal(record)))
+        header = encode_header(record, bytes(DIGEST_BYTES), live=False)
+        os.pwrite(self._plain, header.ljust(PAGE, b"\0"), record.offset)
 
     def _ordinal(self, record: Record) -> int:
         return bisect_left(self.records, record.offset, key=lambda r: r.offset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from disk_blocks import block_id, options, served
+from disk_blocks import block_id, options, put, served
 
 from kvstore.disk import DiskTier
 from pdserve.errors import ConfigError
@@ -116,6 +117,33 @@ def test_after_a_kill_everything_served_is_right(
         if capacity == ROOMY:
             assert kept >= said - gone - unsaid
         tier.close()
+
+
+@pytest.mark.parametrize("num_writes", [0, 1, 2])
+def test_a_removal_cut_off_after_any_of_its_writes_lists_no_block_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_writes: int
+) -> None:
+    tier = DiskTier(tmp_path, options())
+    put(tier, range(4))
+    tier.close()
+    tier = DiskTier(tmp_path, options())
+    left = iter(range(num_writes))
+    write = os.pwrite
+
+    def dies(fd: int, data: bytes, offset: int) -> int:
+        if next(left, None) is None:
+            raise OSError(errno.EIO, "the process died here")
+        return write(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", dies)
+    assert tier.remove(block_id(1))
+    monkeypatch.undo()
+    tier.close()
+    again = DiskTier(tmp_path, options())
+    listed = {n for n in range(4) if block_id(n) in again}
+    assert listed == ({0, 2, 3} if num_writes else {0, 1, 2, 3})
+    assert all(served(again, n) for n in listed)
+    again.close()
 
 
 def test_two_processes_do_not_share_a_folder(writers: Writers, tmp_path: Path) -> None:
