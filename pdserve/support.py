@@ -101,6 +101,11 @@ ranges, concurrency, back-pressure, peers that come, go, stall and die under a t
 | nixl | `make transports` | run over UCX's shared memory, and over its tcp |
 | gloo | torch | run |
 | nccl | torch with CUDA, two GPUs | never run: start-up refuses it without a CUDA device |
+
+`mooncake` listens on every address of its machine, whatever `transport_host` says: a handshake port and, with tcp, a
+data port, both picked by the engine. Version 0.3.13 has no setting that binds them elsewhere (`MC_TCP_BIND_ADDRESS`
+changes neither). Whoever reaches them and knows an address can read the pool: keep them to the pool's own machines by
+a firewall or a network policy, also where everything else is on loopback.
 """
 _MODELS = """\
 ## Models

@@ -181,6 +181,8 @@ class Request:
     priority: int = 0
     traceparent: str = ""
     """W3C trace context, passed on as it came."""
+    packed_prompt: bytes = field(default=b"", compare=False, repr=False)
+    """`prompt_token_ids` as the wire has them, u32 little-endian, where whoever made the request had them packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +214,8 @@ class KVLayout:
     order: str = "layer,kv,head,token,dim"
     tp_size: int = 1
     pp_size: int = 1
+    deterministic: bool = False
+    """All of it is computed batch-invariantly: blocks of a worker that does not promise so must not get among it."""
 
 
 @dataclass(frozen=True, slots=True)

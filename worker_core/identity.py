@@ -12,8 +12,12 @@ FINGERPRINT_BYTES = 16
 
 
 def fingerprint(layout: KVLayout) -> bytes:
-    """Equal exactly if all fields of two layouts are: what must hold before bytes of KV are shared."""
-    canonical = json.dumps(asdict(layout), sort_keys=True, separators=(",", ":"))
+    """Equal exactly if all fields of two layouts are: what must hold before bytes of KV are shared. `deterministic` is
+    left out where it is off, so that stores filled before there was such a field stay good."""
+    fields = asdict(layout)
+    if not layout.deterministic:
+        del fields["deterministic"]
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).digest()[:FINGERPRINT_BYTES]
 
 

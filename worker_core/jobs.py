@@ -97,8 +97,8 @@ class Store(Protocol):
         """Stop what writes into blocks that were opened for it, then give them back."""
         ...
 
-    def ended(self, key: int) -> None:
-        """A choice, or a request's prompt at prefill, has all its blocks."""
+    def ended(self, key: int, job: Job) -> None:
+        """A choice of this job, or a request's prompt at prefill, has all its blocks."""
         ...
 
 
@@ -256,10 +256,10 @@ class JobTable:
     def _forget(self, job: Job) -> None:
         del self._jobs[job.key]
         self.store.drop(job)
-        self.store.ended(job.key)
+        self.store.ended(job.key, job)
         for choice in job.open_choices:
             self._choices.pop(choice, None)
-            self.store.ended(choice)
+            self.store.ended(choice, job)
         self._deadlines.clear(job.key)
         if self.traces is not None:
             self.traces.ended(job)
@@ -349,7 +349,7 @@ class JobTable:
         if job.phase is Phase.PREFILL:
             job.prefilled = True
             self._deadlines.clear(job.key)
-            self.store.ended(job.key)
+            self.store.ended(job.key, job)
 
     def _count_prompt(self, job: Job, stats: PromptStats) -> None:
         metrics = self._metrics
@@ -361,7 +361,7 @@ class JobTable:
 
     def _choice_done(self, job: Job, finish: Finish) -> None:
         self._finished[finish.reason].inc()
-        self.store.ended(finish.handle)
+        self.store.ended(finish.handle, job)
         job.session.add_finish(replace(finish, handle=finish.handle & HANDLE_MASK))
         job.open_choices.discard(finish.handle)
         if job.open_choices:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ MIN_BLOCKS = 8
 """New blocks for which a chain under way is stored: a call names the whole chain, so it should bring something."""
 GROWTH = 8
 """And at least this part of what is stored: all calls of one chain together then stay linear in its length."""
+MAX_OWNERS = 4096
+"""Choices that have ended whose tenant is remembered: what the engine tells of one may come a step or two later."""
 SETTLE_S = 0.02
 """Between two tries at a chain of which another worker writes blocks right now."""
 
@@ -93,6 +96,8 @@ class Publisher:
         self._max_backlog = max_backlog_blocks
         self._chains: dict[int, Chain] = {}
         """Of choices that run, by handle."""
+        self._owners: OrderedDict[int, str] = OrderedDict()
+        """Tenants of choices that have ended."""
         self._due: dict[int, Chain] = {}
         """To be stored, by a number of their own, oldest first."""
         self._numbers: dict[int, int] = {}
@@ -132,7 +137,7 @@ class Publisher:
         chain = self._chains.get(published.handle)
         if chain is None:
             owner = tenant(published.handle)
-            chain = Chain(owner or "", ended=owner is None)
+            chain = Chain(owner or self._owners.get(published.handle, ""), ended=owner is None)
             if owner is not None:
                 self._chains[published.handle] = chain
         if not chain.take(published):
@@ -145,8 +150,11 @@ class Publisher:
         chain = self._chains.setdefault(handle, Chain(tenant))
         chain.extends, chain.num_stored = True, num_stored
 
-    def end(self, handle: int) -> None:
-        """The choice has ended: what it still has to store is due now."""
+    def end(self, handle: int, tenant: str) -> None:
+        """The choice has ended: what it still has to store is due now, and may still be told."""
+        self._owners[handle] = tenant
+        if len(self._owners) > MAX_OWNERS:
+            self._owners.popitem(last=False)
         chain = self._chains.pop(handle, None)
         if chain is not None:
             chain.ended = True

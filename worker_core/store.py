@@ -89,9 +89,9 @@ class StoreSide:
     def drop(self, job: Job) -> None:
         self.fetcher.drop(job)
 
-    def ended(self, key: int) -> None:
+    def ended(self, key: int, job: Job) -> None:
         if self.publisher is not None:
-            self.publisher.end(key)
+            self.publisher.end(key, job.tenant)
 
     # ---- for the worker ----
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,9 @@ from worker_core.store_link import PAUSE_S
 
 RENEWALS = 3
 """Within a lease."""
+IDLE_S = 900.0
+"""A peer that no router has named for so long is let go: its channel, its session, its connected memory. Three times
+as long as any lease: whoever still reads would have to go on without one."""
 
 log = logging.getLogger("pdserve.worker")
 
@@ -89,6 +93,8 @@ class _Peer:
     client: PeerStoreClient | None = None
     attaching: asyncio.Task[PeerStoreClient] | None = None
     paused_until: float = 0.0
+    named: float = 0.0
+    """When it was last asked."""
 
 
 class PeerStores:
@@ -102,6 +108,12 @@ class PeerStores:
         self._tls = tls
         self._policy = policy
         self._peers: dict[str, _Peer] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        """Peers with a channel."""
+        return len(self._peers)
 
     def available(self, address: str) -> bool:
         peer = self._peers.get(address)
@@ -130,6 +142,8 @@ class PeerStores:
         peer = self._peers.get(address)
         if peer is None:
             peer = self._peers[address] = _Peer(Channel(address, tls=self._tls))
+            self._arm()
+        peer.named = time.monotonic()
         if peer.client is not None and not peer.client.lost.done():
             return peer.client
         if peer.client is not None:
@@ -150,12 +164,33 @@ class PeerStores:
         )
         return peer.client
 
+    def _arm(self) -> None:
+        if self._timer is None and self._peers:
+            self._timer = asyncio.get_running_loop().call_later(IDLE_S / 2, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self.let_go(time.monotonic() - IDLE_S)
+        self._arm()
+
+    def let_go(self, named_before: float) -> None:
+        """Close what was last asked before this time (`time.monotonic`)."""
+        for address in [address for address, peer in self._peers.items() if peer.named <= named_before]:
+            closing = asyncio.create_task(_close(self._peers.pop(address)))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
     async def close(self) -> None:
-        for peer in self._peers.values():
-            if peer.attaching is not None:
-                peer.attaching.cancel()
-                await asyncio.gather(peer.attaching, return_exceptions=True)
-            if peer.client is not None:
-                await peer.client.close()
-            await peer.channel.close()
-        self._peers.clear()
+        self.let_go(math.inf)
+        if self._timer is not None:
+            self._timer.cancel()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+
+
+async def _close(peer: _Peer) -> None:
+    if peer.attaching is not None:
+        peer.attaching.cancel()
+        await asyncio.gather(peer.attaching, return_exceptions=True)
+    if peer.client is not None:
+        await peer.client.close()
+    await peer.channel.close()

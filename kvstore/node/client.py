@@ -32,8 +32,7 @@ class StoreClient(ClientSession):
     """Made by `attach`."""
 
     def __init__(self, channel: Channel, attached: wire.Attached, stream: AttachStream) -> None:
-        self.pool = SharedMemoryPool.attach(attached.segment)
-        self.pool.populate()
+        self.pool = _map_pool(attached.segment)
         super().__init__(channel, attached, stream)
 
     @classmethod
@@ -50,7 +49,11 @@ class StoreClient(ClientSession):
         if not attached.segment:
             await stream.aclose()
             raise PeerLost("the store's memory is on another host")
-        return cls(channel, attached, stream)
+        try:
+            return cls(channel, attached, stream)
+        except BaseException:
+            await stream.aclose()
+            raise
 
     async def close(self) -> None:
         await super().close()
@@ -157,3 +160,13 @@ class StoreClient(ClientSession):
             await self.abort(reserved)
             raise
         return await self.commit(reserved, digests)
+
+
+def _map_pool(segment: str) -> SharedMemoryPool:
+    pool = SharedMemoryPool.attach(segment)
+    try:
+        pool.populate()
+    except BaseException:
+        pool.close()
+        raise
+    return pool

@@ -51,8 +51,9 @@ def test_fingerprints_differ_in_every_field_of_a_layout() -> None:
         KVLayout("rev", "bf16", 32, 30, 3, 64, 368_640),
         KVLayout("rev", "bf16", 16, 30, 3, 64, 368_640, order="head,layer"),
         KVLayout("rev", "bf16", 16, 30, 3, 64, 368_640, tp_size=2),
+        KVLayout("rev", "bf16", 16, 30, 3, 64, 368_640, deterministic=True),
     ]
-    assert len({fingerprint(layout), *map(fingerprint, others)}) == 6
+    assert len({fingerprint(layout), *map(fingerprint, others)}) == 7
     assert fingerprint(layout) == fingerprint(KVLayout("rev", "bf16", 16, 30, 3, 64, 368_640))
 
 

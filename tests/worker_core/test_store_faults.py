@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from pdserve.engine.sim import SimEngineConfig
 from pdserve.errors import DeadlineExceeded
 from pdserve.types import Phase, Request
 from pdserve.wire.session import RouterUpdate, Submission
-from worker_core import fetcher
+from worker_core import fetcher, store_sources
 from worker_core.worker import Worker
 
 
@@ -483,3 +484,44 @@ async def test_a_prompt_that_is_computed_sooner_than_its_tail_is_fetched_leaves_
         gate.open.set()
         await until(lambda: not len(worker.store.fetcher))
         await until_free(*node.workers)
+
+
+# ---- who pays ----
+
+
+async def test_blocks_that_are_told_after_a_cancel_count_for_their_tenant() -> None:
+    """The step was under way when the request was cancelled: what it computed is stored all the same."""
+    root = b"tenant one......"
+    async with running_node(workers=1) as node:
+        worker, router = node.workers[0], node.routers[0]
+        held = Held(await worker.engine.call(lambda engine: engine), "step")
+        reply = router.submit(make_request("a", length=320, cache_root=root), Phase.FULL)
+        await held.reached()
+        router.cancel(reply)
+        await until(lambda: not len(worker.jobs))
+        held.open.set()
+        await node.stored(1)
+        assert set(node.store.parts.dram.tenants.used) == {root.hex()}
+        await until_free(worker)
+
+
+# ---- peers that nobody names any more ----
+
+
+async def test_a_peer_that_is_not_named_any_more_is_let_go_and_met_again_when_it_is() -> None:
+    async with running_node(workers=1) as far, running_node(workers=1) as near:
+        request, peers = make_request("a", length=300), near.workers[0].store.fetcher._peers
+        await far.run(0, request)
+        await far.stored(18)
+        assert (await near.run(0, request, prefix_store=far.store.address)).fetched == 288
+        attached = len(far.store.parts.sessions)
+        peers.let_go(time.monotonic() - store_sources.IDLE_S)
+        assert len(peers) == 1
+        peers.let_go(time.monotonic())
+        assert len(peers) == 0
+        await until(lambda: len(far.store.parts.sessions) == attached - 1)
+        other = make_request("b", length=300)
+        await far.run(0, other)
+        await far.stored(36)
+        assert (await near.run(0, other, prefix_store=far.store.address)).fetched == 288
+        await until_free(*far.workers, *near.workers)

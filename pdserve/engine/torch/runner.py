@@ -56,7 +56,7 @@ class TorchRunner:
         self._model = model
         self._device = decoder.weights.embedding.device
         self._kv_shape = KVShape.of(decoder.shape, block_tokens, DTYPES[dtype])
-        self._layout = _layout(model, dtype, self._kv_shape)
+        self._layout = _layout(model, dtype, self._kv_shape, deterministic=deterministic)
         self._vocabulary = vocabulary
         self._deterministic = deterministic
         self._kv: PagedKV | None = None
@@ -202,7 +202,7 @@ class TorchRunner:
         return adjusted
 
 
-def _layout(model: ModelInfo, dtype: str, shape: KVShape) -> KVLayout:
+def _layout(model: ModelInfo, dtype: str, shape: KVShape, *, deterministic: bool) -> KVLayout:
     return KVLayout(
         model_revision=model.revision,
         dtype=dtype,
@@ -211,4 +211,5 @@ def _layout(model: ModelInfo, dtype: str, shape: KVShape) -> KVLayout:
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         block_bytes=shape.block_bytes,
+        deterministic=deterministic,
     )

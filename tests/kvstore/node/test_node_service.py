@@ -26,6 +26,7 @@ from kvstore.handover.verify import PoolDescriptor
 from kvstore.node.client import StoreClient
 from kvstore.node.service import check_identity
 from kvstore.transports.base import Range
+from kvstore.transports.shm import SharedMemoryPool
 from kvstore.transports.tcp import TcpTransport
 from kvstore.types import BlockId
 from pdserve.errors import (
@@ -411,3 +412,16 @@ async def test_wrong_settings_name_their_key() -> None:
             async with running_store(**{"high_watermark": 0.5, "low_watermark": 0.4, key: value}):
                 pass
         assert caught.value.key == key
+
+
+async def test_a_client_that_cannot_map_the_pool_leaves_no_session_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_store() as node, channel_to(node.address) as channel:
+
+        def full(self: SharedMemoryPool) -> None:
+            raise OSError("no memory")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(SharedMemoryPool, "populate", full)
+            with pytest.raises(OSError, match="no memory"):
+                await StoreClient.attach(channel, "w")
+        await until(lambda: not len(node.parts.sessions))

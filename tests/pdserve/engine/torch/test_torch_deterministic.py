@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -114,3 +115,8 @@ def test_fp32_without_the_flag_agrees_closely_anyway(load: Load) -> None:
     assert [token.token_id for token in found] == [token.token_id for token in wanted]
     for one, other in zip(found, wanted, strict=True):
         assert one.logprobs.logprob == pytest.approx(other.logprobs.logprob, abs=1e-3)
+
+
+def test_kv_of_a_worker_that_is_all_deterministic_is_told_apart(load: Load) -> None:
+    layouts = [load("llama", num_blocks=16, deterministic=each).layout for each in (False, True)]
+    assert layouts[0] == replace(layouts[1], deterministic=False) != layouts[1]
