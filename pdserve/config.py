@@ -127,7 +127,9 @@ class WorkerConfig(Config, frozen=True):
     ] = 1
     deterministic: Annotated[
         bool,
-        _doc("Run every request batch-invariant, not only those that ask for it. Shares KV only with its like (torch)."),
+        _doc(
+            "Run every request batch-invariant, not only those that ask for it. Shares KV only with its like (torch)."
+        ),
     ] = False
     block_tokens: Annotated[int, _doc("KV block size; equal in a whole pool. vLLM's default.", "tokens", ge=1)] = 16
     num_blocks: Annotated[int, _doc("KV blocks. 0: what kv_memory_bytes holds.", "blocks", ge=0)] = 0
