@@ -95,15 +95,16 @@ class Events:
 class Streaming:
     """A completion that streams in the background of a test."""
 
-    def __init__(self, http: httpx.AsyncClient, body: dict[str, Any]) -> None:
+    def __init__(self, http: httpx.AsyncClient, body: dict[str, Any], request_id: str = "") -> None:
         self.events = Events(0)
+        self._headers = {"x-request-id": request_id} if request_id else {}
         self._body = {**body, "stream": True, "return_token_ids": True}
         self._http = http
         self.task = asyncio.create_task(self._run())
         self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _run(self) -> None:
-        async with self._http.stream("POST", TEXT, json=self._body) as response:
+        async with self._http.stream("POST", TEXT, json=self._body, headers=self._headers) as response:
             self.events.status = response.status_code
             if response.status_code != 200:
                 self.events.error = json.loads(await response.aread())["error"]

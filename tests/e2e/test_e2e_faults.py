@@ -79,16 +79,22 @@ async def refused(http: httpx.AsyncClient) -> str:
     return code
 
 
+async def outcome(http: httpx.AsyncClient, request_id: str) -> str:
+    found: str = (await http.get(f"/v1/requests/{request_id}")).json()["outcome"]
+    return found
+
+
 # ---- clients ----
 
 
 async def test_a_client_that_leaves_mid_stream_frees_both_workers(slow_cluster: Cluster, http_to: Any) -> None:
     http = http_to(slow_cluster)
-    streams = [Streaming(http, ask([*SHORT, number], max_tokens=5000)) for number in range(4)]
+    streams = [Streaming(http, ask([*SHORT, number], max_tokens=5000), f"leaves-{number}") for number in range(4)]
     for stream in streams:
         await stream.has(3)
         await stream.drop()
     await all_blocks_free(slow_cluster)
+    assert [await outcome(http, f"leaves-{number}") for number in range(4)] == ["cancelled"] * 4
     await answers(http)
 
 
@@ -106,10 +112,12 @@ async def test_a_client_that_does_not_wait_for_a_whole_answer_frees_both_workers
     slow_cluster: Cluster, http_to: Any
 ) -> None:
     http = http_to(slow_cluster)
-    waiting = asyncio.create_task(http.post(TEXT, json=ask(max_tokens=5000)))
+    named = {"x-request-id": "impatient"}
+    waiting = asyncio.create_task(http.post(TEXT, json=ask(max_tokens=5000), headers=named))
     await running(slow_cluster, of_role(slow_cluster, "decode"))
     waiting.cancel()
     await all_blocks_free(slow_cluster)
+    assert await outcome(http, "impatient") == "cancelled"
     await answers(http)
 
 
@@ -321,4 +329,5 @@ async def test_a_router_that_dies_leaves_no_work_behind(start_sim: Any, http_to:
     await second.has(3)
     await killed(cluster, cluster.router)
     await asyncio.wait([second.task])
+    assert not second.events.done, "an answer that was cut off must not look whole"
     await all_blocks_free(cluster)

@@ -234,13 +234,19 @@ async def test_open_inference_tells_of_server_and_model(open_inference: oip_grpc
 
 async def test_health_serves_every_service(channel: grpc.aio.Channel) -> None:
     stub = health_pb2_grpc.HealthStub(channel)
-    for service in ("", "pdserve.v1.InferenceService", "inference.GRPCInferenceService"):
+    services = ("", "pdserve.v1.InferenceService", "inference.GRPCInferenceService")
 
-        async def serving(service: str = service) -> bool:
-            answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
-            return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+    async def statuses() -> set[int]:
+        return {(await stub.Check(health_pb2.HealthCheckRequest(service=each))).status for each in services}
 
-        await eventually(serving)
+    async def settled() -> bool:
+        return len(await statuses()) == 1
+
+    await eventually(settled)
+    assert await statuses() == {health_pb2.HealthCheckResponse.SERVING}
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Check(health_pb2.HealthCheckRequest(service="pdserve.v1.None"))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 async def test_reflection_describes_the_services(channel: grpc.aio.Channel) -> None:

@@ -38,8 +38,12 @@ def test_every_values_file_is_linted_and_valid_for_kubernetes(tools, values, tmp
     tools.helm("lint", "--strict", CHART, "-f", values)
     rendered = tmp_path / "rendered.yaml"
     rendered.write_text(tools.helm("template", "pd", CHART, "--namespace", "ns", "-f", values))
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(rendered.read_text().replace("containers:", "contaners:"))
     for version in ("1.30", "1.36"):
         call(tools.validate, "-k", version, "--strict", rendered)
+        with pytest.raises(ToolFailed, match="did not validate for resource"):
+            call(tools.validate, "-k", version, "--strict", broken)
 
 
 def test_a_release_must_choose_between_tls_and_plaintext(tools):
@@ -249,4 +253,5 @@ def test_the_dockerfile_copies_every_package_of_the_wheel():
 
 def test_scripts_are_sound_shell():
     for script in ("deploy/docker/image.sh", "deploy/kube-tools.sh", "deploy/test-kube.sh", "deploy/test-node.sh"):
-        subprocess.run(["bash", "-n", ROOT / script], check=True)
+        checked = subprocess.run(["bash", "-n", ROOT / script], capture_output=True, text=True, check=False)
+        assert (checked.returncode, checked.stderr) == (0, ""), script
