@@ -181,8 +181,6 @@ class Request:
     priority: int = 0
     traceparent: str = ""
     """W3C trace context, passed on as it came."""
-    packed_prompt: bytes = field(default=b"", compare=False, repr=False)
-    """`prompt_token_ids` as the wire has them, u32 little-endian, where whoever made the request had them packed."""
 
 
 @dataclass(frozen=True, slots=True)

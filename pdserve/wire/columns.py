@@ -18,9 +18,23 @@ assert array("I").itemsize == 4
 assert array("Q").itemsize == 8
 
 
+class PackedIds(tuple[int, ...]):
+    """Token ids that know their packed form: a prompt is packed once, hashed in that form and sent to both workers. A
+    slice of them is a plain tuple."""
+
+    packed: bytes
+
+    @classmethod
+    def of(cls, ids: array[int]) -> PackedIds:
+        """`ids` of type "I"."""
+        packed = cls(ids)
+        packed.packed = ids.tobytes()
+        return packed
+
+
 def pack_u32(values: Iterable[int]) -> bytes:
     """Raises `OverflowError` for a value outside 0 to 2**32 - 1."""
-    return array("I", values).tobytes()
+    return values.packed if isinstance(values, PackedIds) else array("I", values).tobytes()
 
 
 def unpack_u32(data: bytes) -> Sequence[int]:
