@@ -54,12 +54,60 @@ def block_keys(root: bytes, token_ids: Sequence[int], block_tokens: int) -> byte
 
     Hot path: 0.4 to 0.6 ms for 12,000 tokens (750 blocks of 16) on one core.
     """
-    packed = _pack(token_ids)
-    size = 4 * block_tokens
+    return b"".join(_chain(root, _pack(token_ids), 4 * block_tokens))
+
+
+def _chain(key: bytes, packed: bytes, size: int) -> list[bytes]:
+    """Keys of the full blocks of `size` bytes, behind `key`."""
     sha256 = hashlib.sha256
     keys = []
-    key = root
     for start in range(0, len(packed) - size + 1, size):
         key = sha256(key + packed[start : start + size]).digest()[:KEY_BYTES]
         keys.append(key)
-    return b"".join(keys)
+    return keys
+
+
+STRETCH_BLOCKS = 8
+MAX_STRETCHES = 1 << 13
+"""Remembered in each of two generations: about 1 KB each with blocks of 16 tokens, so 16 MB for 2M tokens at most."""
+
+
+class KeyChains:
+    """`block_keys` from memory: a conversation's next turn begins with all of the one before, whose keys are known.
+
+    Stretches of `STRETCH_BLOCKS` blocks are looked up by the key before them and all of their tokens, which is exact,
+    and costs a tenth of hashing. Thread-confined: the router's loop owns it.
+    """
+
+    def __init__(self, block_tokens: int, max_stretches: int = MAX_STRETCHES) -> None:
+        self._block_bytes = 4 * block_tokens
+        self._max_stretches = max_stretches
+        self._known: dict[bytes, bytes] = {}
+        self._older: dict[bytes, bytes] = {}
+
+    @property
+    def num_stretches(self) -> int:
+        """Remembered now, in both generations."""
+        return len(self._known) + len(self._older)
+
+    def keys(self, root: bytes, packed: bytes) -> bytes:
+        """`block_keys` of tokens that are packed as u32 little-endian already."""
+        size = STRETCH_BLOCKS * self._block_bytes
+        key, found, start = root, [], 0
+        for start in range(size, len(packed) + 1, size):
+            name = key + packed[start - size : start]
+            keys = self._known.get(name) or self._recall(name)
+            found.append(keys)
+            key = keys[-KEY_BYTES:]
+        found += _chain(key, packed[start:], self._block_bytes)
+        return b"".join(found)
+
+    def _recall(self, name: bytes) -> bytes:
+        """Of a stretch that was not seen lately."""
+        keys = self._older.get(name)
+        if keys is None:
+            keys = b"".join(_chain(name[:KEY_BYTES], name[KEY_BYTES:], self._block_bytes))
+        if len(self._known) >= self._max_stretches:
+            self._older, self._known = self._known, {}
+        self._known[name] = keys
+        return keys

@@ -38,7 +38,7 @@ class SegmentEncoder:
         self._cut = _cutter(special)
         words = word_encoder(backend)
         self._fresh_ids = _whole(backend) if words is None else words.encode
-        self._firsts = {token[0] for token in special}
+        self._may_hold_special = re.compile(f"[{re.escape(''.join(sorted({token[0] for token in special})))}]").search
         self.separate = _are_separate(special)
         """Special tokens never overlap, so what stands between two of them is cut the same by itself."""
         self._programs: dict[Skeleton, _Program] = {}
@@ -56,10 +56,10 @@ class SegmentEncoder:
                 ids.extend(self._piece(piece))
         return ids
 
-    def encode_chat(self, skeleton: Skeleton, contents: Sequence[str]) -> list[int]:
+    def encode_chat(self, skeleton: Skeleton, contents: Sequence[str]) -> array[int]:
         """The same as `encode(skeleton.text(contents))`, for special tokens that are `separate`: what the template
         writes itself is encoded once, and a turn that came before costs a look-up."""
-        ids: list[int] = []
+        ids = array("I")
         for step in self._programs.get(skeleton) or self._compile(skeleton):
             if isinstance(step, array):
                 ids.extend(step)
@@ -74,7 +74,7 @@ class SegmentEncoder:
         if ids is not None:
             self._known.move_to_end(text)
             return ids
-        if any(first in text for first in self._firsts):
+        if self._may_hold_special(text):
             return self.encode(text)
         return self._piece(text) if text else ()
 

@@ -7,6 +7,7 @@ second, without torch or transformers. Workers see token ids only.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from pdserve.block_keys import KEY_BYTES, block_keys, next_key, root_key, tenant_salt
+from pdserve.block_keys import KEY_BYTES, KeyChains, block_keys, next_key, root_key, tenant_salt
 from pdserve.chat_skeleton import Skeleton
 from pdserve.chat_template import ChatTemplate, Message
 from pdserve.detokenize import Detokenizer, StopMatcher, TokenTable
@@ -27,6 +28,7 @@ __all__ = [
     "KEY_BYTES",
     "ChatTemplate",
     "Detokenizer",
+    "KeyChains",
     "Message",
     "StopMatcher",
     "TokenTable",
@@ -110,18 +112,35 @@ class Tokenizer:
 
         Raises `NotSupported` when the model has no template, else as `ChatTemplate.render`.
         """
+        if tools is None and not variables:
+            return self.pack_chat(messages, add_generation_prompt=add_generation_prompt).tolist()
+        return self._encode_rendered(messages, add_generation_prompt, tools, variables)
+
+    def pack_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> array[int]:
+        """`encode_chat` without anything besides, packed: turns that are known are copied as they lie in memory."""
         if self.chat_template is None:
             raise NotSupported("this model has no chat template; use /v1/completions", param="messages")
-        if tools is None and not variables and self._segments is not None and self._segments.separate:
+        if self._segments is not None and self._segments.separate:
             skeleton = self.chat_template.skeleton(messages, add_generation_prompt=add_generation_prompt)
             if skeleton is not None:
                 return self._encode_turns(skeleton, messages)
+        return array("I", self._encode_rendered(messages, add_generation_prompt, None, {}))
+
+    def _encode_rendered(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> list[int]:
+        if self.chat_template is None:
+            raise NotSupported("this model has no chat template; use /v1/completions", param="messages")
         text = self.chat_template.render(
             messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
         )
         return self.encode(text, add_special_tokens=False, param="messages")
 
-    def _encode_turns(self, skeleton: Skeleton, messages: Sequence[Message]) -> list[int]:
+    def _encode_turns(self, skeleton: Skeleton, messages: Sequence[Message]) -> array[int]:
         assert self._segments is not None
         try:
             return self._segments.encode_chat(skeleton, [message["content"] for message in messages])

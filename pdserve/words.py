@@ -123,7 +123,12 @@ class WordEncoder:
         if not self._single_digits or len(text) > MAX_CHUNK_CHARS:
             return self._ids_of(text)
         parts = _digits_apart(text)
-        return self._ids_of(text) if len(parts) == 1 else tuple(chain.from_iterable(map(self._part, parts)))
+        if len(parts) == 1:
+            return self._ids_of(text)
+        found = list(map(self._chunks.get, parts))
+        if None in found:
+            found = list(map(self._part, parts))
+        return tuple(chain.from_iterable(found))  # type: ignore[arg-type]
 
     def _part(self, text: str) -> Ids:
         """A digit, or what stands between two."""

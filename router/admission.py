@@ -46,6 +46,10 @@ class Admission:
             )
         self.num_inflight += 1
 
+    def is_full(self, num_waiting: int) -> bool:
+        """One more would be refused for want of room."""
+        return self.num_inflight >= self._max_inflight or num_waiting >= self._max_waiting
+
     def leave(self, duration_s: float) -> None:
         self.num_inflight -= 1
         self._mean_duration_s += SMOOTHING * (duration_s - self._mean_duration_s)

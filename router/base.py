@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from pdserve.errors import PdserveError
 from pdserve.types import FinishReason, Logprobs, ModelInfo, SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class ChatMessage:
+class ChatMessage(Struct, frozen=True):
     """One turn of a conversation. `extra` holds what templates may use beside (name, tool_calls, ...)."""
 
     role: str
@@ -25,8 +25,7 @@ class ChatMessage:
     extra: tuple[tuple[str, object], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Incoming:
+class Incoming(Struct, frozen=True):
     """A validated request whose prompt is still text, messages or tokens: exactly one of the three is given."""
 
     request_id: str
@@ -49,8 +48,7 @@ class Incoming:
     """On `time.monotonic`; None: now. Set by `Core.prepare`, so that its time counts."""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(Struct, frozen=True):
     """Tokens: in the prompt, in all choices together, and of the prompt those found in a cache."""
 
     prompt_tokens: int

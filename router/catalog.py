@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+
+from msgspec.structs import asdict
 
 from pdserve.types import WorkerInfo
 from router.scheduling.base import Decision, Forecast, Pick
@@ -73,9 +75,9 @@ class Attempt:
         return self.decode_worker or "", self.decode_incarnation or 0
 
     def as_dict(self) -> dict[str, object]:
-        plain = asdict(self)
+        plain = {name: getattr(self, name) for name in self.__slots__}
         plain["picks"] = [_plain_pick(pick) for pick in self.picks]
-        plain["forecast"]["ttft_s"] = self.forecast.ttft_s
+        plain["forecast"] = asdict(self.forecast) | {"ttft_s": self.forecast.ttft_s}
         plain["observed"] = self.observed()
         return plain
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from pdserve.ends import end_of
 from pdserve.tokens import Detokenizer, StopMatcher
@@ -27,8 +28,7 @@ class ChoiceOwner(Protocol):
     def on_finish_error(self, finish: Finish) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class TextOptions:
+class TextOptions(Struct, frozen=True):
     """How tokens become text."""
 
     stop: tuple[str, ...]

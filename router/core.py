@@ -11,8 +11,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+
+from msgspec.structs import replace
 
 from pdserve.errors import InvalidRequest, ModelNotFound, Overloaded, PdserveError
 from pdserve.types import ModelInfo, Request
@@ -211,7 +213,8 @@ class RouterCore:
             queue_s = served.placer.wait_s(least.request.priority)
             least.fail(Overloaded(message, leg="queue", retry_after_s=max(MIN_RETRY_AFTER_S, queue_s)))
             waiting -= 1
-        queue_s = served.placer.wait_s(priority) if waiting else 0.0
+        asked_for = waiting and (self.options.max_queue_s < math.inf or self.admission.is_full(waiting))
+        queue_s = served.placer.wait_s(priority) if asked_for else 0.0  # it looks at all who wait
         self.admission.enter(waiting, queue_s, self.options.max_queue_s)
 
     def _check_id(self, request_id: str) -> None:

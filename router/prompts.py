@@ -8,12 +8,16 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from array import array
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from pdserve.errors import ContextLengthExceeded, InvalidRequest, Overloaded, PayloadTooLarge
-from pdserve.tokens import Tokenizer, block_keys, root_key, tenant_salt
+from pdserve.tokens import KeyChains, Tokenizer, root_key, tenant_salt
 from pdserve.types import ModelInfo, Request, SamplingParams
+from pdserve.wire.columns import PackedIds
 from router.base import ChatMessage, Incoming
 
 SEED_BITS = 63
@@ -40,7 +44,7 @@ class PromptMaker:
 
     def __init__(self, tokenizer: Tokenizer, block_tokens: int, secret: bytes) -> None:
         self._tokenizer = tokenizer
-        self._block_tokens = block_tokens
+        self._chains = KeyChains(block_tokens)
         self._secret = secret
         self._seeds = random.Random()
         """Seeded by the operating system: drawn seeds differ between routers and runs."""
@@ -64,7 +68,7 @@ class PromptMaker:
     def _in_thread(self, incoming: Incoming, arrived_s: float) -> Incoming:
         if self._threads_tokenizer is None:
             self._threads_tokenizer = self._tokenizer.twin()
-        token_ids = _token_ids(self._threads_tokenizer, incoming)
+        token_ids = tuple(_token_ids(self._threads_tokenizer, incoming))
         return replace(incoming, messages=None, text=None, token_ids=token_ids, arrived_s=arrived_s)
 
     def _left_thread(self, prepared: asyncio.Future[Incoming]) -> None:
@@ -86,23 +90,24 @@ class PromptMaker:
             prompt_token_ids=token_ids,
             params=params,
             cache_root=root,
-            block_keys=block_keys(root, token_ids, self._block_tokens),
+            block_keys=self._chains.keys(root, token_ids.packed),
             deterministic=incoming.deterministic,
             timeout_ms=incoming.timeout_ms,
             priority=incoming.priority,
             traceparent=incoming.traceparent,
         )
 
-    def _tokenise(self, incoming: Incoming, vocab_size: int) -> tuple[int, ...]:
+    def _tokenise(self, incoming: Incoming, vocab_size: int) -> PackedIds:
         if incoming.messages is not None or incoming.text is not None:
             token_ids = _token_ids(self._tokenizer, incoming)
         else:
-            token_ids = incoming.token_ids or ()
-            if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+            given = incoming.token_ids or ()
+            if given and not (min(given) >= 0 and max(given) < vocab_size):
                 raise InvalidRequest(f"prompt has a token id outside 0 to {vocab_size - 1}", param="prompt")
+            token_ids = array("I", given)
         if not token_ids:
             raise InvalidRequest("prompt is empty: it must have at least one token", param="prompt")
-        return token_ids
+        return PackedIds.of(token_ids)
 
     def _resolve(self, params: SamplingParams, num_prompt_tokens: int, bounds: Bounds) -> SamplingParams:
         """With `max_tokens` and `seed` filled in and every token id known to the model."""
@@ -151,11 +156,11 @@ def _num_chars(incoming: Incoming) -> int:
     return 0 if incoming.text is None else len(incoming.text)
 
 
-def _token_ids(tokenizer: Tokenizer, incoming: Incoming) -> tuple[int, ...]:
+def _token_ids(tokenizer: Tokenizer, incoming: Incoming) -> array[int]:
     """Of messages or a text."""
     if incoming.messages is not None:
-        return tuple(tokenizer.encode_chat([_as_mapping(message) for message in incoming.messages]))
-    return tuple(tokenizer.encode(incoming.text or "", add_special_tokens=incoming.add_special_tokens))
+        return tokenizer.pack_chat([_as_mapping(message) for message in incoming.messages])
+    return array("I", tokenizer.encode(incoming.text or "", add_special_tokens=incoming.add_special_tokens))
 
 
 def _as_mapping(message: ChatMessage) -> dict[str, object]:

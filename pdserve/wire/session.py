@@ -6,7 +6,9 @@ Hot path: a worker encodes and a router decodes one `Step` for each engine step,
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from msgspec import Struct, field
 
 from pdserve.errors import EngineFailed, InvalidRequest, PdserveError, ProtocolMismatch
 from pdserve.types import (
@@ -61,8 +63,7 @@ class WorkerHello:
     protocol_max: int = PROTOCOL_MAX
 
 
-@dataclass(frozen=True, slots=True)
-class Submission:
+class Submission(Struct, frozen=True):
     """`error` is set instead of a usable request when it could not be read: the worker answers it by name."""
 
     handle: int
@@ -74,8 +75,7 @@ class Submission:
     worker's own node."""
 
 
-@dataclass(frozen=True, slots=True)
-class FirstOutput:
+class FirstOutput(Struct, frozen=True):
     """What prefill sampled for one choice."""
 
     token_ids: tuple[int, ...]
@@ -92,8 +92,7 @@ class Relay:
     outputs: tuple[FirstOutput, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Announcement:
+class Announcement(Struct, frozen=True):
     """Exported chunks of a request, from the worker that prefills it."""
 
     handle: int
@@ -101,8 +100,7 @@ class Announcement:
     manifests: tuple[bytes, ...]
 
 
-@dataclass(slots=True)
-class RouterUpdate:
+class RouterUpdate(Struct):
     """What a router tells a worker in one loop tick."""
 
     hello: RouterHello | None = None
@@ -115,8 +113,7 @@ class RouterUpdate:
         return bool(self.submissions or self.cancels or self.choice_cancels or self.relays or self.hello)
 
 
-@dataclass(slots=True)
-class StepColumns:
+class StepColumns(Struct):
     """A step as the router reads it: see `pdserve.types.StepOutput`; `counts` empty means all are 1."""
 
     handles: Sequence[int]
@@ -129,8 +126,7 @@ class StepColumns:
     announcements: list[Announcement] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class WorkerUpdate:
+class WorkerUpdate(Struct):
     """What a worker tells a router: a step, or what has changed beside."""
 
     hello: WorkerHello | None = None

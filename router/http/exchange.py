@@ -107,12 +107,13 @@ class Exchange:
 
     def header(self, name: bytes) -> str:
         """A header's value by its lower-case name; empty if it is absent."""
-        return self.headers.get(name, b"").decode("latin-1")
+        value = self.headers.get(name)
+        return value.decode("latin-1") if value else ""
 
     def _request_id(self) -> str:
         """The client's own id if it can be used in logs and ids, else a new one."""
         given = self.header(b"x-request-id")
-        return given if _SANE_ID.fullmatch(given) else os.urandom(16).hex()
+        return given if given and _SANE_ID.fullmatch(given) else os.urandom(16).hex()
 
     # one complete reply
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec import Struct
 
 from pdserve.errors import InvalidRequest, NotSupported, RequestError
 from pdserve.types import Grammar, GrammarKind, SamplingParams
@@ -59,8 +59,7 @@ _empty_in_messages = attrgetter(*_EMPTY_IN_MESSAGES)
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
-@dataclass(frozen=True, slots=True)
-class RequestHead:
+class RequestHead(Struct, frozen=True):
     """What the headers say about a request."""
 
     request_id: str
@@ -69,8 +68,7 @@ class RequestHead:
     session: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(Struct, frozen=True):
     """One HTTP request: a request to the core for each prompt, and how the answer is to look."""
 
     request_id: str

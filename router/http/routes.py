@@ -8,12 +8,12 @@ import logging
 import re
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
 import msgspec
+from msgspec.structs import replace
 
 from pdserve.errors import InvalidRequest, MethodNotAllowed, ModelNotFound, NotFound, NotSupported, PdserveError
 from pdserve.types import ModelInfo
@@ -137,7 +137,7 @@ class Routes:
         return RequestHead(
             exchange.request_id,
             _timeout_ms(exchange.header(b"x-request-timeout-ms")),
-            traceparent if _TRACEPARENT.fullmatch(traceparent) else "",
+            traceparent if traceparent and _TRACEPARENT.fullmatch(traceparent) else "",
             exchange.header(b"x-session-id")[:_MAX_SESSION_CHARS],
         )
 
@@ -155,7 +155,11 @@ class Routes:
 
     def _fingerprint(self, model: str) -> str:
         """Changes when the model's revision or our release does: then equal seeds may give other tokens."""
-        revision = next((info.revision for info in self._core.models() if info.name == model), "")
+        revision = ""
+        for info in self._core.models():
+            if info.name == model:
+                revision = info.revision
+                break
         known = self._fingerprints.get(revision)
         if known is None:
             digest = hashlib.sha256(f"{self._version}\n{revision}".encode()).hexdigest()

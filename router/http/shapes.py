@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Struct, UnsetType
 
 from pdserve.types import FinishReason, Logprobs
 from router.base import Usage
@@ -38,8 +37,7 @@ _SLOT = "\x00"
 _SLOT_JSON = b'"\\u0000"'
 
 
-@dataclass(slots=True)
-class Piece:
+class Piece(Struct):
     """New output of one choice: what one chunk tells. For a whole answer, all of it."""
 
     index: int
@@ -53,15 +51,14 @@ class Piece:
     """Characters of the tokens before."""
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(Struct, frozen=True):
     """What every chunk of one answer repeats, and what was asked to be in it."""
 
     id: str
     created: int
     model: str
     system_fingerprint: str
-    token_text: TokenText = field(repr=False)
+    token_text: TokenText
     with_logprobs: bool = False
     with_token_ids: bool = False
     with_usage: bool = False

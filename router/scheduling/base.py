@@ -31,6 +31,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
+from msgspec import Struct
+
 from kvstore.index.base import NodeReach
 from pdserve.errors import PdserveError
 from pdserve.types import Role, WorkerInfo
@@ -147,8 +149,7 @@ class Ask:
     """Set by `enqueue`, in the policy's clock."""
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
+class Forecast(Struct, frozen=True):
     """What a decision expects, in seconds from now: waiting for the worker, fetching a prefix from a store, computing
     the rest; then moving the KV to decode, and the time between tokens there. Tokens: of the prompt, found in the
     worker's own memory or its node's store (`num_cached_tokens`, fetched ones among them)."""
@@ -166,8 +167,7 @@ class Forecast:
         return self.queue_s + self.fetch_s + self.prefill_s
 
 
-@dataclass(frozen=True, slots=True)
-class Pick:
+class Pick(Struct, frozen=True):
     """Why a worker was taken for a role; put into words only when somebody asks."""
 
     role: str
@@ -195,8 +195,7 @@ MAX_LOGGED_CANDIDATES = 16
 """Of a pick; a large pool's would make the decision log the router's largest memory."""
 
 
-@dataclass(frozen=True, slots=True)
-class Decision(Generic[WorkerT_co]):
+class Decision(Struct, Generic[WorkerT_co], frozen=True):
     """Where an ask goes, or (`error`) why it can't be placed: no worker may take it."""
 
     ask: Ask

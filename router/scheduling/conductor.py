@@ -64,9 +64,13 @@ class ConductorRules:
     """With no prefill worker at all decode workers do everything, rather than refuse it."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+Work = tuple[float, float, int, int, str]
+"""Of a prompt on a worker: seconds to fetch, seconds to compute, tokens cached, of these fetched, other store or ""."""
+
+
+@dataclass(slots=True, eq=False)
 class Option(Generic[WorkerT]):
-    """One way to compute a prompt, in seconds from now."""
+    """One way to compute a prompt, in seconds from now. Not frozen, which would cost a plan more than all else."""
 
     station: Station[WorkerT]
     wait_s: float
@@ -90,6 +94,8 @@ class Conductor(Desk[WorkerT]):
         super().__init__(around, standing, self.rules.load_half_life_s)
         self._filters: tuple[Filter, ...] = (FitsPool(),)
         self._reaches: dict[Ask, tuple[float, bytes, Mapping[str, NodeReach]]] = {}
+        self._works: dict[Ask, dict[Station[WorkerT], tuple[Mapping[str, NodeReach], float, Work]]] = {}
+        """Of asks that wait, by (reach, pace): they are planned again and again while neither changes."""
         self._wakeup: float | None = None
         self.disaggregation_gain_s = 0.0
         """Moving mean over what was placed: how much sooner the first two tokens come by a pair than from a decode
@@ -100,7 +106,13 @@ class Conductor(Desk[WorkerT]):
 
     def ended(self, ask: Ask, num_output_tokens: int = 0) -> None:
         self._reaches.pop(ask, None)
+        self._works.pop(ask, None)
         super().ended(ask, num_output_tokens)
+
+    def _refresh(self, workers: Sequence[WorkerT], version: int) -> None:
+        if version != self._version:
+            self._works.clear()
+        super()._refresh(workers, version)
 
     def redecide(self, ask: Ask, workers: Sequence[WorkerT], version: int) -> Decision[WorkerT]:
         self._refresh(workers, version)
@@ -166,19 +178,36 @@ class Conductor(Desk[WorkerT]):
         return option.finish_s - self.rules.reuse_weight * saved, option.station.recent_tokens
 
     def _passing(self, role: Role, ask: Ask) -> list[Station[WorkerT]]:
+        pool = self._pool(role, ask.model)
+        if ask.num_prompt_tokens + ask.max_tokens <= self._smallest_room(role, ask.model):
+            return pool
         need = Need(role, ask.model, ask.num_prompt_tokens, ask.max_tokens)
-        return [each for each in self._pool(role, ask.model) if refusal(self._filters, each, need) is None]
+        return [each for each in pool if refusal(self._filters, each, need) is None]
 
     def _option(self, ask: Ask, station: Station[WorkerT], now: float, held: Mapping[str, float]) -> Option[WorkerT]:
         """The best way to compute this prompt there."""
-        info, pace = station.info, station.prefill_pace.factor
-        wait = station.wait_s(now) + held.get(info.worker_id, 0.0)
-        reach = self._reach(ask, now, station)
+        wait = station.wait_s(now)
+        if held:
+            wait += held.get(station.info.worker_id, 0.0)
+        return Option(station, wait, *self._known_work(ask, station, now))
+
+    def _known_work(self, ask: Ask, station: Station[WorkerT], now: float) -> Work:
+        reach, pace = self._reach(ask, now, station), station.prefill_pace.factor
+        works = self._works.get(ask)
+        if works is None:
+            works = self._works[ask] = {}
+        known = works.get(station)
+        if known is None or known[0] is not reach or known[1] != pace:
+            known = works[station] = reach, pace, self._work(ask, station, reach, pace)
+        return known[2]
+
+    def _work(self, ask: Ask, station: Station[WorkerT], reach: Mapping[str, NodeReach], pace: float) -> Work:
+        info = station.info
         limit = max(ask.num_prompt_tokens - 1, 0) // info.block_tokens
         prefill_s, links = self._around.predictor.prefill_s, self._around.links
         here = reach.get(info.worker_id)
         num_hbm = min(here.hbm, limit) * info.block_tokens if here is not None else 0
-        best = Option(station, wait, 0.0, prefill_s(ask.num_prompt_tokens - num_hbm, num_hbm) * pace, num_hbm, 0)
+        best: Work = 0.0, prefill_s(ask.num_prompt_tokens - num_hbm, num_hbm) * pace, num_hbm, 0, ""
         for name, found in reach.items():
             if name not in self._stores or min(found.disk, limit) * info.block_tokens <= num_hbm:
                 continue
@@ -188,8 +217,8 @@ class Conductor(Desk[WorkerT]):
             fetch = links.fetch_s(num_dram, num_disk, own_node=own)
             cached = num_hbm + num_dram + num_disk
             compute = prefill_s(ask.num_prompt_tokens - cached, cached) * pace
-            if fetch + compute < best.fetch_s + best.prefill_s:
-                best = Option(station, wait, fetch, compute, cached, cached - num_hbm, "" if own else name)
+            if fetch + compute < best[0] + best[1]:
+                best = fetch, compute, cached, cached - num_hbm, "" if own else name
         return best
 
     def _reach(self, ask: Ask, now: float, station: Station[WorkerT]) -> Mapping[str, NodeReach]:
@@ -207,6 +236,8 @@ class Conductor(Desk[WorkerT]):
             return options, ()
         loads = [option.station.recent(now) for option in options]
         limit = self.rules.load_bound * sum(loads) / len(loads) + self.rules.load_slack_tokens
+        if max(loads) <= limit:
+            return options, ()
         within = [option for option, load in zip(options, loads, strict=True) if load <= limit]
         if not within or min(o.wait_s for o in within) > max(self.rules.lead_s, min(o.wait_s for o in options)):
             return options, ()
@@ -268,6 +299,7 @@ class Conductor(Desk[WorkerT]):
     ) -> Decision[WorkerT]:
         self._take(ask)
         self._reaches.pop(ask, None)
+        self._works.pop(ask, None)
         computes = prefill or decode
         if computes is not None:
             new = ask.num_prompt_tokens - forecast.num_cached_tokens
@@ -311,11 +343,9 @@ class Conductor(Desk[WorkerT]):
 
     def _alone_option(self, ask: Ask, station: Station[WorkerT], now: float) -> Option[WorkerT]:
         option = self._option(ask, station, now, {})
-        stall = station.itl_s(0, 0) if station.num_seqs else 0.0
-        return Option(
-            station, option.wait_s, option.fetch_s, option.prefill_s + stall, option.num_cached, option.num_fetched,
-            option.store,
-        )  # fmt: skip
+        if station.num_seqs:
+            option.prefill_s += station.itl_s(0, 0)  # it stalls the others for a step
+        return option
 
     def _without_prefill(self, ask: Ask, now: float) -> Decision[WorkerT]:
         """No prefill worker may take it: a decode worker does, if there is one."""

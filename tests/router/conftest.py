@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer as Backend
@@ -243,6 +244,6 @@ def incoming() -> Callable[..., Incoming]:
         messages = given.pop("messages", None)
         params = SamplingParams(**{"max_tokens": 8, "temperature": 0.0, **given})
         base = Incoming(f"r{next(number)}", "tiny", params, text if prompt is None and messages is None else None)
-        return replace(base, token_ids=prompt, messages=messages, **fields)
+        return msgspec.structs.replace(base, token_ids=prompt, messages=messages, **fields)
 
     return make

@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from pdserve.engine.sim import expected_tokens
 from pdserve.engine.timing import LinearTiming
@@ -254,12 +255,12 @@ async def test_a_full_queue_refuses_with_a_time_to_come_back(house, sink, incomi
         core.submit(incoming("z" * 300), sink())
     assert caught.value.retry_after_s >= 0.1
     urgent = sink()
-    core.submit(replace(incoming("y" * 300), priority=-1), urgent)
+    core.submit(structs.replace(incoming("y" * 300), priority=-1), urgent)
     assert isinstance(sinks[2].error, Overloaded)  # the newest of the less important made room
     assert core.served[0].placer.num_waiting == 2
     core.admission.draining = True
     with pytest.raises(Draining):
-        core.submit(replace(incoming("x" * 300), priority=-2), sink())
+        core.submit(structs.replace(incoming("x" * 300), priority=-2), sink())
     assert core.served[0].placer.num_waiting == 2  # nobody gave way to what is refused anyway
 
 
@@ -272,7 +273,7 @@ async def test_a_session_stays_on_its_worker(house, sink, incoming):
     for turn in range(3):
         for session in ("anna", "ben", "carla", "dora"):
             got = sink()
-            handle = core.submit(replace(incoming(f"{session} {turn}", max_tokens=2), session=session), got)
+            handle = core.submit(structs.replace(incoming(f"{session} {turn}", max_tokens=2), session=session), got)
             await got.result()
             used.setdefault(session, set()).add(core.catalog.find(handle.request_id).prefill_worker)
     assert all(len(workers) == 1 for workers in used.values())
@@ -292,7 +293,7 @@ async def test_what_would_wait_beyond_the_slo_is_refused_at_once(house, sink, in
     assert caught.value.retry_after_s >= 0.1
     assert placer.wait_s(-1) == 0.0
     urgent = sink()
-    core.submit(replace(incoming("y" * 300, max_tokens=2), priority=-1), urgent)
+    core.submit(structs.replace(incoming("y" * 300, max_tokens=2), priority=-1), urgent)
     for got in (*sinks, urgent):
         await got.result()
         assert got.error is None
