@@ -77,20 +77,22 @@ class Groups:
     def cover(self, keys: Sequence[Key], now: float, num_used: int = 0) -> Cover:
         """Groups that hold exactly `keys`, ghosts among them, splitting and making groups as needed.
 
-        New groups lie one deeper than what precedes them, unless they only go on with what this request made itself:
-        that ends at `num_used`, and has been used once.
+        What only goes on with what this request made itself (that ends at `num_used`, and has been used once) is of
+        one group with it; other new groups lie one deeper than what precedes them.
         """
         groups: list[Group] = []
         left: list[Group] = []
         start = 0
         while start < len(keys):
             group = self.find(keys[start])
-            if group is None:
-                group = self._made(keys, start, now, groups[-1] if groups else None, num_used)
+            before = groups[-1] if groups else None
+            if group is not None:
+                group = self._shared(group, keys, start, num_used, left)
+            elif before is not None and start == num_used and before.uses == 1 and not before.gone:
+                start += self._grow(before, keys, start)
+                continue
             else:
-                group = self._from(group, keys[start])
-                rest = self._cut(group, keys[start : start + len(group)])
-                left += [rest] if rest else []
+                group = self._made(keys, start, now, before, num_used)
             groups.append(group)
             start += len(group)
         return Cover(groups, left)
@@ -189,7 +191,7 @@ class Groups:
         require(not self.resident.keys() & self.ghosts.keys(), "a ghost is resident")
 
     def _made(self, keys: Sequence[Key], start: int, now: float, before: Group | None, num_used: int) -> Group:
-        end = next((i for i in range(start + 1, len(keys)) if self.find(keys[i]) is not None), len(keys))
+        end = self._end_of_new(keys, start)
         is_next_turn = before is not None and (start != num_used or before.uses > 1)
         depth = 0 if before is None else before.depth + is_next_turn
         group = Group(list(islice(keys, start, end)), [], depth, now)
@@ -197,6 +199,26 @@ class Groups:
             self.resident[key] = group
         self._attach(group)
         return group
+
+    def _shared(self, group: Group, keys: Sequence[Key], start: int, num_used: int, left: list[Group]) -> Group:
+        """The part of the group that the chain has from `start` on, ended at `num_used`; a rest goes into `left`."""
+        group = self._from(group, keys[start])
+        if start < num_used < start + len(group):
+            self._split(group, num_used - start)
+        rest = self._cut(group, keys[start : start + len(group)])
+        left += [rest] if rest else []
+        return group
+
+    def _grow(self, group: Group, keys: Sequence[Key], start: int) -> int:
+        """The request that made the group goes on: one run, however many steps it is told in. Returns by how much."""
+        more = list(islice(keys, start, self._end_of_new(keys, start)))
+        group.keys += more
+        for key in more:
+            self.resident[key] = group
+        return len(more)
+
+    def _end_of_new(self, keys: Sequence[Key], start: int) -> int:
+        return next((i for i in range(start + 1, len(keys)) if self.find(keys[i]) is not None), len(keys))
 
     def _from(self, group: Group, key: Key) -> Group:
         """The part of the group that begins with `key`."""

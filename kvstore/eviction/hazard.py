@@ -33,6 +33,9 @@ _KINDS = _LEFT + 1
 _FAMILIES = (_TURNS, _SHARED, 1)
 _GAP_WEIGHT = 0.15
 """Of the latest gap in the moving mean, once there are seven."""
+_GOES_ON_S = 30.0
+"""A request tells of its next blocks within this time; whoever comes back to a chain mostly takes longer. So others,
+who told of no more than a prefix that all share, are not taken for it."""
 _MAX_ENDS = 4096
 """Requests that may still go on: chains are told of chunk by chunk, hits first, then what was computed."""
 _RECOMPUTE_S = 20.0
@@ -50,7 +53,7 @@ class HazardPolicy:
         self._groups = Groups(_KINDS, min_ghosts)
         self._reuse = ReuseTable(_FAMILIES)
         self._num_told = 0
-        self._ends: OrderedDict[Key, int] = OrderedDict()
+        self._ends: OrderedDict[Key, tuple[float, int]] = OrderedDict()
         """Last keys of chains that were told of lately, the latest last, and when by number."""
         self._now = float("-inf")
         self._ranked_s = 0.0
@@ -72,10 +75,10 @@ class HazardPolicy:
             if group.keys:
                 self._move(group, _LEFT, group.age_bin)
         turn = cover.groups[-1].depth if cover.groups else 0
-        place = 0
-        for group in cover.groups:
-            self._touch(group, turn, now, is_use=place >= num_used)
-            place += len(group)
+        place = len(keys)
+        for group in reversed(cover.groups):
+            place -= len(group)
+            self._touch(group, turn, now, num_new=min(place + len(group) - num_used, len(group)))
         if keys:
             self._remember_end(keys)
         self._keys_left -= len(keys) - num_used
@@ -109,26 +112,34 @@ class HazardPolicy:
         return self._now
 
     def _num_used(self, keys: Sequence[Key]) -> int:
-        """How much of the chain this request has used already: up to the end of what it gave before."""
-        ends = self._ends
-        last, num_used = max(((ends[key], place) for place, key in enumerate(keys, 1) if key in ends), default=(0, 0))
-        if last:
-            del ends[keys[num_used - 1]]
+        """How much of the chain this request has used already: up to the end of what it told of before. Of the ends on
+        the chain that is the deepest of late: others end where the chains part, earlier turns ended long ago."""
+        ends, since = self._ends, self._now - _GOES_ON_S
+        known = [(ends[key], place) for place, key in enumerate(keys, 1) if key in ends]
+        if not known:
+            return 0
+        young = [place for (told_s, _), place in known if told_s >= since]
+        num_used = max(young) if young else max(known)[1]
+        del ends[keys[num_used - 1]]
         return num_used
 
     def _remember_end(self, keys: Sequence[Key]) -> None:
         """The request may go on after this key."""
         self._num_told += 1
-        self._ends[keys[-1]] = self._num_told
+        self._ends[keys[-1]] = self._now, self._num_told
         self._ends.move_to_end(keys[-1])
         if len(self._ends) > _MAX_ENDS:
             self._ends.popitem(last=False)
 
-    def _touch(self, group: Group, turn: int, now: float, *, is_use: bool) -> None:
-        """`is_use`: the request has not used it before; else all that it may change is what it is taken for."""
+    def _touch(self, group: Group, turn: int, now: float, *, num_new: int) -> None:
+        """`num_new`: keys that the request has not used before; the others only go on being used. Tails come first, so
+        that of blocks that wait in one queue the heads leave last: a tail is worth nothing without its head."""
         self._groups.revive(group)
-        if not is_use:
-            self._move(group, _kind(group, turn), group.age_bin)
+        if num_new < len(group):
+            if num_new > 0:
+                self._reuse.grew(len(group), num_new)
+            group.touched_s = now
+            self._move(group, _kind(group, turn), 0)
             return
         if group.uses:
             self._book_reuse(group, now)

@@ -72,6 +72,11 @@ class ReuseTable:
         self._blocks += blocks
         self._blocks_squared += blocks * blocks
 
+    def grew(self, blocks: int, by: int) -> None:
+        """A run that came is longer by so many blocks than was told, `blocks` in all."""
+        self._blocks += by
+        self._blocks_squared += blocks * blocks - (blocks - by) * (blocks - by)
+
     def fade(self, elapsed_s: float) -> None:
         factor = 0.5 ** (elapsed_s / _HALF_LIFE_S)
         self._reuses = [[count * factor for count in row] for row in self._reuses]

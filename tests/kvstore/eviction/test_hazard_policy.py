@@ -93,6 +93,49 @@ def test_what_a_request_stores_in_steps_is_one_use():
         assert {group.depth for group in policy._groups.resident.values()} == {0, 1}
 
 
+def test_steps_of_requests_that_share_a_prefix_are_told_apart():
+    """All begin with one block, and their chunks come by turns: nothing but that block has been used twice."""
+    fresh, policy = Fresh(), HazardPolicy()
+    system = fresh.take(1)
+    chats = [system + fresh.take(12) for _ in range(5)]
+    for chat in chats:
+        policy.access(chat[:1], 0.0)
+    for end in (4, 8, 13):
+        for chat in chats:
+            policy.access(chat[:end], 0.1 * end, extends=True)
+    groups = policy._groups.resident
+    assert all(groups[key].uses == 1 for chat in chats for key in chat[1:])
+    assert len({groups[key] for chat in chats for key in chat[1:]}) == len(chats)  # one run each, whatever its steps
+    policy.check_integrity()
+
+
+def test_a_turn_that_begins_while_others_go_on_is_a_use():
+    fresh, policy = Fresh(), HazardPolicy()
+    system = fresh.take(1)
+    chat, other = system + fresh.take(5), system + fresh.take(5)
+    policy.access(chat, 0.0)
+    policy.access(chat[:4], 100.0)  # its tail has been lost
+    policy.access(other, 100.1)
+    chat += fresh.take(3)
+    policy.access(chat, 100.2, extends=True)
+    groups = policy._groups.resident
+    assert [groups[key].uses for key in chat] == [3, 2, 2, 2, 2, 2, 1, 1, 1]
+
+
+def test_of_a_conversation_the_tail_leaves_before_the_head_however_it_was_told():
+    """A tail is worth nothing without its head, be it of another turn or of another chunk."""
+    fresh = Fresh()
+    for steps in ((3, 6, 9), (9,)):
+        policy, chat = HazardPolicy(), fresh.take(9)
+        for number, end in enumerate(steps):
+            policy.access(chat[:end], 0.1 * number, extends=number > 0)
+        assert [policy.evict(10.0, anything) for _ in chat] == chat[::-1]
+    policy, chat = HazardPolicy(), fresh.take(9)
+    for turn, end in enumerate((3, 6, 9)):
+        policy.access(chat[:end], 50.0 * turn)
+    assert [policy.evict(110.0, anything) for _ in chat] == chat[::-1]
+
+
 def test_a_reuse_that_comes_too_late_is_learnt_from_ghosts():
     fresh, policy = Fresh(), HazardPolicy()
     keys = fresh.take(3)
