@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import NoReturn
 
+from msgspec import Struct
+
 from pdserve.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
@@ -71,8 +73,7 @@ def _refuse(param: str, rule: str) -> NoReturn:
     raise InvalidRequest(f"{param} {rule}", param=param)
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
+class SamplingParams(Struct, frozen=True):
     """How tokens are drawn. Names and meaning are vLLM's.
 
     `max_tokens`, `min_tokens`, penalties and grammar count outputs only, never the prompt (but

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from operator import attrgetter
 
 from pdserve.errors import InvalidRequest, PdserveError, from_fields
@@ -29,7 +28,7 @@ _SCALARS = (
 )
 _scalars = attrgetter(*_SCALARS)
 _SCALAR_DEFAULTS = _scalars(_DEFAULTS)
-assert set(_SCALARS) | {"logit_bias", "stop", "stop_token_ids", "grammar"} == {f.name for f in fields(SamplingParams)}
+assert set(_SCALARS) | {"logit_bias", "stop", "stop_token_ids", "grammar"} == set(SamplingParams.__struct_fields__)
 
 
 def encode_role(role: Role) -> pb.Role.ValueType:

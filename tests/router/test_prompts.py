@@ -75,7 +75,7 @@ def test_what_is_filled_in_leaves_the_other_parameters_alone(maker):
     request = maker.request(Incoming("x", "m", given, text="hi"), BOUNDS)
     assert request.params.max_tokens == BOUNDS.max_len - len(request.prompt_token_ids)
     assert request.params.seed is not None
-    for name in SamplingParams.__slots__:
+    for name in SamplingParams.__struct_fields__:
         if name not in ("max_tokens", "seed"):
             assert getattr(request.params, name) == getattr(given, name)
     assert request.params == SamplingParams(
