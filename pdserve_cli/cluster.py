@@ -30,7 +30,7 @@ from pdserve_cli.members import ClusterError, Member, spawn, stable_port, wait_g
 __all__ = ["Cluster", "ClusterError", "ClusterSpec", "Member", "run_cluster"]
 
 _POLL_S = 0.02
-_GET_TIMEOUT_S = 5.0
+_GET_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +254,9 @@ class Cluster:
 
     async def metrics(self, member: Member) -> dict[str, float]:
         """Every sample of a member's /metrics, by name and labels as they are written; empty when it is down."""
-        _, body = await self.get("/metrics", member.ready["http_port"])
+        status, body = await self.get("/metrics", member.ready["http_port"])
+        if status != 200:
+            return {}
         lines = (line.rpartition(" ") for line in body.splitlines() if line and not line.startswith("#"))
         return {name: float(value) for name, _, value in lines if name}
 
