@@ -82,11 +82,13 @@ class WorkerMetrics:
         """What the worker does with its node's store and with peers'."""
         prefix_tokens = Counter(
             "pdserve_prefix_tokens",
-            "Prompt tokens by where their KV came from: hbm, dram (the node's store), peer (another's), computed.",
+            "Prompt tokens by where their KV came from: hbm, dram (the node's store), disk (that brought it up from "
+            "there just then), peer (another's store), computed.",
             ("tier",),
             registry=registry,
         )
-        self.prefix_tokens = {tier: prefix_tokens.labels(tier) for tier in ("hbm", "dram", "peer", "computed")}
+        tiers = ("hbm", "dram", "disk", "peer", "computed")
+        self.prefix_tokens = {tier: prefix_tokens.labels(tier) for tier in tiers}
         self.store_attached = Gauge("pdserve_store_attached", "1: the node's store can be used.", registry=registry)
         self.store_leases = Gauge("pdserve_store_leases", "Leases held on stores' blocks.", registry=registry)
         self.store_promoted_blocks = Counter(

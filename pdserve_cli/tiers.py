@@ -57,8 +57,11 @@ async def hits(cluster: Cluster, members: Iterable[Member] | None = None) -> dic
 
 
 def _hits_of(role: str, samples: Mapping[str, float]) -> dict[str, float]:
-    """DRAM: of the node's own store. Disk is told by the store that brought the blocks up, for whoever asked."""
+    """DRAM: of the node's own store, where what it brings up from disk is read as well. Disk is told by the store that
+    brought the blocks up, for whoever asked."""
     if role == "kvstore":
         return {"disk": total(samples, "pdserve_kvstore_hit_blocks_total", tier="disk")}
-    tokens = {tier: total(samples, "pdserve_prefix_tokens_total", tier=tier) for tier in ("hbm", "dram", "peer")}
+    tiers = ("hbm", "dram", "disk", "peer")
+    tokens = {tier: total(samples, "pdserve_prefix_tokens_total", tier=tier) for tier in tiers}
+    tokens["dram"] += tokens.pop("disk")
     return {tier: count / BLOCK_TOKENS for tier, count in tokens.items()}

@@ -302,7 +302,9 @@ class Fetcher:
             self._engine.post(partial(drop_fill, key))
             raise
         self._engine.post(partial(commit_fill, key, num_blocks))
-        self._count(fetch, find, num_blocks - target.num_cached_blocks, time.perf_counter() - began)
+        self._count(
+            fetch, find, range(first + target.num_cached_blocks, first + num_blocks), time.perf_counter() - began
+        )
         if error is not None:
             self._lost(find, error)
         return num_blocks if num_blocks == len(target.blocks) else 0
@@ -323,9 +325,10 @@ class Fetcher:
             self._engine.post(partial(drop_fill, fetch.job.key))
             raise
 
-    def _count(self, fetch: Fetch, find: Find, num_blocks: int, elapsed_s: float) -> None:
-        nbytes = num_blocks * self._pool.block_bytes
+    def _count(self, fetch: Fetch, find: Find, blocks: range, elapsed_s: float) -> None:
+        nbytes = len(blocks) * self._pool.block_bytes
         fetch.job.fetched_from = find.tier
+        fetch.job.num_disk_tokens += find.num_from_disk(blocks) * self._block_tokens
         self._planner.observe_read(find.source, nbytes, elapsed_s)
         self._metrics.store_bytes.labels(find.tier, "read").inc(nbytes)
         self._metrics.store_seconds.labels(f"fetch_{find.tier}").observe(elapsed_s)

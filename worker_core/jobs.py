@@ -49,6 +49,8 @@ class Job:
     resumed_ns: int = 0
     fetched_from: str = ""
     """Tier of the store that a part of its prompt came from."""
+    num_disk_tokens: int = 0
+    """Of those, such as the node's store had on disk."""
 
     @property
     def tenant(self) -> str:
@@ -356,7 +358,9 @@ class JobTable:
         metrics.prompt_tokens.inc(stats.num_prompt_tokens)
         num_fetched = min(stats.num_fetched_tokens, stats.num_cached_tokens)
         metrics.prefix_tokens["hbm"].inc(stats.num_cached_tokens - num_fetched)
-        metrics.prefix_tokens[job.fetched_from or "dram"].inc(num_fetched)
+        num_disk = min(job.num_disk_tokens, num_fetched)
+        metrics.prefix_tokens["disk"].inc(num_disk)
+        metrics.prefix_tokens[job.fetched_from or "dram"].inc(num_fetched - num_disk)
         metrics.prefix_tokens["computed"].inc(max(0, stats.num_prompt_tokens - stats.num_cached_tokens))
 
     def _choice_done(self, job: Job, finish: Finish) -> None:

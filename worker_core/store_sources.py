@@ -58,6 +58,12 @@ class Find:
     def __len__(self) -> int:
         return len(self.found.slots)
 
+    def num_from_disk(self, blocks: range) -> int:
+        """How many of these the node's own store has just brought up: they are the chain's last ones. What a peer had
+        on disk is the peer's matter."""
+        up = len(self) - self.found.promoted if self.tier == "dram" else len(self)
+        return len(range(max(blocks.start, up), blocks.stop))
+
     def read(self, first: int, blocks: Sequence[int], should_stop: Callable[[], bool]) -> None:
         """Bring found blocks `first` and on into these blocks of the engine's pool."""
         found, end = self.found, first + len(blocks)

@@ -4,6 +4,7 @@ byte of KV, so a wrong, stale or missing block would show as a wrong token."""
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 from session_client import PairRequest, RouterSession
@@ -13,6 +14,8 @@ from worker_stores import SIM_BLOCK_BYTES, joined, metric, run, running_node, st
 from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.sim import SimEngineConfig
 from pdserve.types import Phase, Request, Role, SamplingParams
+from pdserve.wire.store import Found
+from worker_core.store_sources import Find
 from worker_core.worker import EngineBuilder
 
 DEVICE = SimEngineConfig(
@@ -39,6 +42,31 @@ async def test_another_worker_computes_only_what_is_new(phase: Phase) -> None:
         assert metric(worker, "pdserve_store_bytes_total", tier="dram", direction="read") == known * 16
         assert metric(worker, "pdserve_store_leases") == 0
         await until_free(*node.workers)
+
+
+async def test_what_came_from_the_stores_disk_is_counted_apart(tmp_path: Path) -> None:
+    """A pool of 24 blocks for two prompts of 20: the first one's tail has to go down."""
+    disk = {"num_blocks": 24, "high_watermark": 1.0, "low_watermark": 1.0, "disk": {"path": str(tmp_path / "kv")}}
+    async with running_node(workers=2, store=disk) as node:
+        first, other = (make_request(name, length=321) for name in "ab")
+        for request in (first, other):
+            await node.run(0, request)
+            await node.workers[0].store.publisher.flush()
+            await node.store.parts.tiers.drain()
+        assert len(node.store.parts.tiers.disk)
+        again = await node.run(1, first)
+        assert again.tokens == expected(first)
+        worker = node.workers[1]
+        tokens = {each: metric(worker, "pdserve_prefix_tokens_total", tier=each) for each in ("hbm", "dram", "disk")}
+        assert tokens["disk"] == 16 * metric(worker, "pdserve_store_promoted_blocks_total") > 0
+        assert sum(tokens.values()) == again.cached == again.fetched == 320
+
+
+def test_only_the_last_blocks_of_a_find_were_on_disk() -> None:
+    found = Found(1, tuple(range(10)), promoted=4)
+    own, peer = (Find(tier, tier, found, None, None, 1.0) for tier in ("dram", "peer"))
+    assert [own.num_from_disk(range(*span)) for span in ((0, 10), (0, 6), (5, 8), (8, 10), (3, 3))] == [4, 0, 2, 2, 0]
+    assert peer.num_from_disk(range(10)) == 0
 
 
 async def test_what_decode_generated_is_there_for_the_next_prefill() -> None:
