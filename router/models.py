@@ -15,11 +15,12 @@ from router.observer import Observer
 from router.placer import Placer, PlacerOptions
 from router.prompts import PromptMaker
 from router.scheduling.base import Policy
-from router.scheduling.conductor import Conductor, ConductorRules
+from router.scheduling.conductor import Conductor
 from router.scheduling.desk import Surroundings
 from router.scheduling.forecasts import Predictor
 from router.scheduling.links import LinkRates, Links
 from router.scheduling.policies import make_policy
+from router.scheduling.rules import ConductorRules
 from router.served import ModelNames, ServedModel
 from router.session import Link
 

@@ -11,11 +11,11 @@ from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.timing import TimingModel
 from pdserve.types import ModelInfo, Role, WorkerInfo
 from router.scheduling.base import Decision
-from router.scheduling.conductor import ConductorRules
 from router.scheduling.desk import Surroundings
 from router.scheduling.forecasts import Predictor
 from router.scheduling.links import LinkRates, Links
 from router.scheduling.policies import make_policy
+from router.scheduling.rules import ConductorRules
 from simulator.events import EventQueue
 from simulator.network import Network
 from simulator.report import Slo, Summary, summarise

@@ -14,12 +14,14 @@ from kvstore.eviction import EvictionPolicy
 from kvstore.index.base import NodeSnapshot
 from kvstore.index.index import KVIndex
 from kvstore.node.dram import DramStore
-from kvstore.node.entries import Hit, Status
+from kvstore.node.entries import Hit, Limits, Status
 from pdserve.metrics import KvstoreMetrics
 from simulator.engines import null_memory
 from simulator.events import EventQueue
 
 TENANT = "all"
+LIMITS = Limits(high_watermark=1.0, low_watermark=1.0)
+"""Slots are kept free for what comes while victims are on their way to disk. Here there is none: they leave at once."""
 _DIGEST = xxhash.xxh3_128_digest(b"\0")
 
 
@@ -33,7 +35,7 @@ class NodeStore:
         self.node = node
         self._index = index
         metrics = KvstoreMetrics(CollectorRegistry())
-        self._books = DramStore(null_memory(num_blocks, 1), policy, clock=queue.clock, metrics=metrics)
+        self._books = DramStore(null_memory(num_blocks, 1), policy, clock=queue.clock, metrics=metrics, limits=LIMITS)
         self._told = 0
         self._books.events.listen(self._tell)
         self._index.load(NodeSnapshot(address, 1, 0))

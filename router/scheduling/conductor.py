@@ -23,6 +23,8 @@ from pdserve.types import Role
 from router.scheduling.base import MAX_LOGGED_CANDIDATES, Ask, Decision, Filter, Forecast, Need, Pick, WorkerT
 from router.scheduling.desk import Bound, Desk, Surroundings
 from router.scheduling.filters import FitsPool, HasBlockSize, HasRole, NotDraining, ServesModel
+from router.scheduling.homes import NOWHERE, Home, Homes
+from router.scheduling.rules import ConductorRules
 from router.scheduling.scheduler import no_worker, refusal
 from router.scheduling.stations import EXPECTED_OUTPUT_TOKENS, Station, context_tokens
 
@@ -36,32 +38,6 @@ NO_ROOM_S = 1.0
 """What a decode worker without room for the context is charged: it costs about the rest of somebody's answer."""
 GAIN_WEIGHT = 0.05
 """Of the latest placement in the estimated gain of disaggregation."""
-
-
-@dataclass(frozen=True, slots=True)
-class ConductorRules:
-    """What may be tuned."""
-
-    lead_s: float = 0.005
-    """An ask is bound this long before its worker is predicted to be free: a round trip, so that the worker never waits
-    for the router. 0: only when it is free."""
-    load_bound: float = 1.25
-    """Times the mean of what the workers of a pool were given to compute lately: who had more gets nothing as long as
-    another one can begin as soon."""
-    load_half_life_s: float = 300.0
-    load_slack_tokens: int = 8192
-    """On top of the bound: one long prompt more than the others is no imbalance."""
-    reuse_weight: float = 2.0
-    """What a cached prefix counts for beyond the time that it saves this request, as a multiple of that time: whoever
-    waits behind gains it too, and the conversation's blocks stay together. 0: each request for itself."""
-    alone_tokens: int = 256
-    """An uncached suffix of at most so many tokens may run on a decode worker alone: a hand-over costs more."""
-    patience_s: float = 1.5
-    degrade_ratio: float = 2.0
-    """Where a pair's first token is predicted later than `patience_s`, and than so many times that of a decode worker
-    alone, the decode worker does it, at the cost of its batch's next tokens."""
-    alone_without_prefill: bool = True
-    """With no prefill worker at all decode workers do everything, rather than refuse it."""
 
 
 Work = tuple[float, float, int, int, str]
@@ -96,6 +72,7 @@ class Conductor(Desk[WorkerT]):
         self._reaches: dict[Ask, tuple[float, bytes, Mapping[str, NodeReach]]] = {}
         self._works: dict[Ask, dict[Station[WorkerT], tuple[Mapping[str, NodeReach], float, Work]]] = {}
         """Of asks that wait, by (reach, pace): they are planned again and again while neither changes."""
+        self._homes = Homes(around.block_tokens)
         self._wakeup: float | None = None
         self.disaggregation_gain_s = 0.0
         """Moving mean over what was placed: how much sooner the first two tokens come by a pair than from a decode
@@ -155,7 +132,8 @@ class Conductor(Desk[WorkerT]):
             return self._without_prefill(ask, now)
         options = [self._option(ask, station, now, held) for station in pool]
         options, notes = self._bounded(options, now)
-        best = min(options, key=self._cost)
+        home = self._homes.find(ask.keys)
+        best = min(options, key=lambda option: self._cost(option, home))
         alone = self._alone_pays(ask, best, now)
         if alone is not None:
             return alone
@@ -172,10 +150,14 @@ class Conductor(Desk[WorkerT]):
         num_new = ask.num_prompt_tokens - option.num_cached
         return option.station.shares_step(num_new, now, self.rules.lead_s + TICK_S / 2)
 
-    def _cost(self, option: Option[WorkerT]) -> tuple[float, float]:
+    def _cost(self, option: Option[WorkerT], home: Home = NOWHERE) -> tuple[float, float]:
         """Equals go to who was given least to compute."""
-        saved = self._around.predictor.prefill_s(option.num_cached, 0) if option.num_cached else 0.0
-        return option.finish_s - self.rules.reuse_weight * saved, option.station.recent_tokens
+        rules, prefill_s = self.rules, self._around.predictor.prefill_s
+        saved = prefill_s(option.num_cached, 0) if option.num_cached else 0.0
+        credit = rules.reuse_weight * saved
+        if home.num_tokens > option.num_cached and home.worker_id == option.station.info.worker_id:
+            credit += rules.home_weight * (prefill_s(home.num_tokens, 0) - saved)
+        return option.finish_s - credit, option.station.recent_tokens
 
     def _passing(self, role: Role, ask: Ask) -> list[Station[WorkerT]]:
         pool = self._pool(role, ask.model)
@@ -249,7 +231,8 @@ class Conductor(Desk[WorkerT]):
     def _bind(
         self, ask: Ask, best: Option[WorkerT], options: Sequence[Option[WorkerT]], notes: tuple[str, ...], now: float
     ) -> Decision[WorkerT] | None:
-        costs = [(option.station.info.worker_id, self._cost(option)[0]) for option in options]
+        home = self._homes.find(ask.keys)
+        costs = [(option.station.info.worker_id, self._cost(option, home)[0]) for option in options]
         station, pick = best.station, _prefill_pick(best, costs, len(self._stations), notes)
         if ask.max_tokens == 1:
             forecast = _forecast(best, 0.0, 0.0)
@@ -301,6 +284,8 @@ class Conductor(Desk[WorkerT]):
         self._reaches.pop(ask, None)
         self._works.pop(ask, None)
         computes = prefill or decode
+        if prefill is not None:
+            self._homes.moved(ask.keys, prefill.info.worker_id)
         if computes is not None:
             new = ask.num_prompt_tokens - forecast.num_cached_tokens
             computes.begin_prefill(ask, now, forecast.fetch_s + forecast.prefill_s, new)

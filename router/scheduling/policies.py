@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pdserve.errors import ConfigError
 from pdserve.types import Role
 from router.scheduling.base import Candidate, Picker, Policy, Profile, Weighted, WorkerT
-from router.scheduling.conductor import Conductor, ConductorRules
+from router.scheduling.conductor import Conductor
 from router.scheduling.desk import Surroundings
 from router.scheduling.immediate import Immediate
 from router.scheduling.pickers import MaxScore, RoundRobin, TwoChoices
+from router.scheduling.rules import ConductorRules
 from router.scheduling.scheduler import least_loaded, standing_and_filters
 from router.scheduling.scorers import Equal, LeastSeqs, LeastTokens, LongestPrefix, SameSession, context_tokens
 from router.scheduling.scorers import prefill_tokens as prefill_tokens_of

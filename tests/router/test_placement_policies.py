@@ -13,12 +13,13 @@ from pdserve.engine.timing import LinearTiming, StepWork
 from pdserve.errors import ConfigError, NoWorker
 from pdserve.types import ModelInfo, Role, WorkerInfo
 from router.scheduling.base import Ask, NoPrefixes, Outstanding
-from router.scheduling.conductor import ConductorRules
 from router.scheduling.desk import Surroundings
 from router.scheduling.filters import compatible
 from router.scheduling.forecasts import Pace, Predictor
+from router.scheduling.homes import NOWHERE, Homes
 from router.scheduling.links import LinkRates, Links
 from router.scheduling.policies import BASELINES, NAMES, make_policy
+from router.scheduling.rules import ConductorRules
 
 MODEL = ModelInfo("m", "r", "t", 100_000, 1000, (0,))
 TIMING = LinearTiming(0.0, 0.1, 0.0, 10.0, 0.1, 0.0)
@@ -210,6 +211,54 @@ def test_a_warm_worker_with_much_to_do_is_not_waited_for():
     assert where(world.decide()) == ["p1"]
 
 
+def test_a_conversation_goes_home_even_if_its_blocks_are_gone():
+    world = World(prefill=4, rules=ConductorRules(alone_tokens=0))
+    homes = {}
+    for number in range(4):
+        keys = bytes([number]) * 16 * 60
+        ask = world.ask(1000, keys=keys)
+        (decision,) = world.decide()
+        homes[keys] = str(decision.prefill)
+        world.now += 0.1
+        world.policy.prefilled(ask, 0)
+        world.policy.ended(ask)
+    assert len(set(homes.values())) == 4
+    for keys, home in reversed(homes.items()):
+        ask = world.ask(1500, keys=keys + bytes([keys[0] + 100]) * 16 * 30)
+        assert where(world.decide()) == [home]
+        world.now += 0.15
+        world.policy.prefilled(ask, 0)
+        world.policy.ended(ask)
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(300, ["p1"]), (200, [])])
+def test_a_lost_prefix_makes_nobody_wait_long_for_its_home(tokens, expected):
+    """What was computed for 102 ms and is lost is worth 26 ms of waiting."""
+    world = World(rules=ConductorRules(alone_tokens=0, load_bound=100))
+    turn = world.ask(1024)
+    assert where(world.decide()) == ["p0"]
+    world.now = 0.1024
+    world.policy.prefilled(turn, 0)
+    world.policy.ended(turn)
+    world.ask(tokens)
+    assert where(world.decide()) == ["p0"]
+    world.ask(1100)
+    assert where(world.decide()) == expected
+
+
+def test_homes_are_found_by_a_part_of_the_chain_and_bounded():
+    homes = Homes(16, max_keys=20)
+    chain = b"".join(number.to_bytes(16, "big") for number in range(100))
+    homes.moved(chain[: 16 * 40], "p3")
+    assert homes.find(chain) == ("p3", 32 * 16)
+    assert homes.find(chain[: 16 * 10]) == ("p3", 8 * 16)
+    assert homes.find(b"") == homes.find(b"x" * 160) == NOWHERE
+    for number in range(50):
+        homes.moved(bytes([number]) * 16 * 40, "p1")
+    assert homes.find(chain) == NOWHERE
+    assert len(homes._workers) == 20
+
+
 def test_turns_of_one_system_prompt_do_not_all_wait_for_one_worker():
     world = World(prefill=4, rules=ConductorRules(alone_tokens=0, patience_s=100))
     world.prefixes = Prefixes(p0=(10, 10, 10))
@@ -280,10 +329,10 @@ def test_decode_goes_where_kv_moves_fast_and_there_is_room():
 
 def test_own_transfers_in_flight_count():
     world = World(prefill=2, decode=2, kv_bytes_per_token=10_000_000, rules=ConductorRules(alone_tokens=0))
-    world.ask()
+    world.ask(keys=b"")
     (first,) = world.decide()
     world.policy.prefilled(first.ask, 0)
-    world.ask()
+    world.ask(keys=b"")
     (second,) = world.decide()
     assert second.decode is not first.decode
     assert second.forecast.transfer_s == pytest.approx(first.forecast.transfer_s, rel=0.01)
