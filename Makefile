@@ -38,8 +38,8 @@ test-wheel: $(SETUP)
 
 parity-slice: $(SETUP)
 	$(PY) -m pdserve_cli parity --prompts 8 --max-prompt 700 --chunk 96 --batch 4 --corrupt 10 --json
-	$(PY) -m pdserve_cli parity --prompts 48 --engine sim --corrupt 100 --json
-	$(PY) -m pdserve_cli parity --prompts 3 --max-prompt 300 --dtype bf16 --store off --no-reference --json
+	$(PY) -m pdserve_cli parity --prompts 24 --engine sim --corrupt 50 --json
+	$(PY) -m pdserve_cli parity --prompts 3 --max-prompt 300 --chunk 96 --batch 4 --dtype bf16 --store off --no-reference --json
 
 parity-full: $(SETUP)
 	$(PY) -m pdserve_cli parity --prompts 64 --chunk 96 --chunk 512 --chunk 2048 --batch 1 --batch 4 --batch 16 --json
