@@ -32,6 +32,8 @@ class PrefixIndex:
         self._stores = stores
         self._caches = WorkerCaches(index, clock, later)
         self._links: dict[Link, WorkerCache] = {}
+        self._judged: set[str] = set()
+        """Since the last tick: their gauges are set then, not at each prompt."""
         self._metrics = metrics
 
     # ---- what comes in ----
@@ -43,6 +45,7 @@ class PrefixIndex:
             del self._links[link]
             link.on_cache = None
             self._caches.remove(link.info)
+            self._judged.discard(link.info.worker_id)
             with suppress(KeyError):  # never audited
                 self._metrics.prefix_audit_ratio.remove(link.info.worker_id)
         for link in links:
@@ -60,6 +63,9 @@ class PrefixIndex:
         self._caches.tick()
         self.index.expire()
         self._metrics.guessed_caches.set(self._caches.num_guessed())
+        for worker_id in self._judged:
+            self._metrics.prefix_audit_ratio.labels(worker_id).set(self.index.audit.ratio(worker_id))
+        self._judged.clear()
 
     async def close(self) -> None:
         await self._stores.close()
@@ -95,7 +101,7 @@ class PrefixIndex:
             self._caches.judge(worker_id, found >= believed)
             return
         distrusted = self.index.observe(worker_id, incarnation, believed, found)
-        self._metrics.prefix_audit_ratio.labels(worker_id).set(self.index.audit.ratio(worker_id))
+        self._judged.add(worker_id)
         if distrusted:
             self._tell(worker_id, incarnation)
 

@@ -103,13 +103,14 @@ class ActiveRequest:
             self.start_alone(decision.prefill, "prefill", request, decision.prefix_store)
 
     def start_pair(self, prefill: Link, decode: Link, request: Request, prefix_store: str = "") -> None:
+        """Prefill is told first: the first token waits for it."""
         first = PrefillLeg(self, prefill)
         second = DecodeLeg(self, decode)
-        second.submit(request)
+        first.submit(request, prefix_store)
         try:
-            first.submit(request, prefix_store)
+            second.submit(request)
         except BaseException:
-            second.cancel()
+            first.cancel()
             raise
         self._prefill, self._decode = first, second
         self._set_clock("prefill")

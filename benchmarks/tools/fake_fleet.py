@@ -89,6 +89,8 @@ class FakeWorker:
         try:
             while (update := await stream.read()) is not None:
                 self._take(update)
+                if not self._ttft_s:
+                    await self._answer_due(stream)  # with no task in between: its time would be taken for the router's
         finally:
             for task in tasks:
                 task.cancel()
@@ -106,7 +108,7 @@ class FakeWorker:
         for handle in update.cancels:
             self._waiting.pop(handle, None)
             self._running.pop(handle, None)
-        if self._due:
+        if self._due and self._ttft_s:
             self._work.set()
 
     def _run(self, submission: Submission) -> None:
@@ -129,13 +131,17 @@ class FakeWorker:
             self._work.clear()
             while self._due:
                 await asyncio.sleep(max(0.0, self._due[0][0] - time.monotonic()))
-                output, announcements, new = StepOutput(), [], list[bytes]()
-                now = time.monotonic()
-                while self._due and self._due[0][0] <= now:
-                    self._first_token(self._due.popleft()[1], output, announcements, new)
-                await stream.write(
-                    WorkerUpdate(step=step_columns(output, announcements), cache=CacheDelta(tuple(new)) or None)
-                )
+                await self._answer_due(stream)
+
+    async def _answer_due(self, stream: Stream) -> None:
+        output, announcements, new = StepOutput(), [], list[bytes]()
+        now = time.monotonic()
+        while self._due and self._due[0][0] <= now:
+            self._first_token(self._due.popleft()[1], output, announcements, new)
+        if output:
+            await stream.write(
+                WorkerUpdate(step=step_columns(output, announcements), cache=CacheDelta(tuple(new)) or None)
+            )
 
     def _first_token(
         self, submission: Submission, output: StepOutput, announcements: list[Announcement], new: list[bytes]
