@@ -92,7 +92,9 @@ class HazardPolicy:
         return victim
 
     def forget(self, key: Key) -> None:
-        self._groups.forget(key)
+        """A victim stays a ghost: whoever evicts it may tell of its leaving once more."""
+        if key in self:
+            self._groups.forget(key)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._groups.resident

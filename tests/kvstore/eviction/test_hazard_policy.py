@@ -147,6 +147,17 @@ def test_a_reuse_that_comes_too_late_is_learnt_from_ghosts():
     assert policy._reuse._reuses[0][bin_of(15.0)] == len(keys)
 
 
+def test_a_victim_that_its_pool_forgets_again_is_still_a_ghost():
+    """The node's store tells of every block that leaves, those too that the policy named itself."""
+    fresh, policy = Fresh(), HazardPolicy()
+    keys = fresh.take(3)
+    policy.access(keys, 0.0)
+    for _ in keys:
+        policy.forget(policy.evict(1.0, anything))
+    policy.access(keys, 15.0)
+    assert policy._reuse._reuses[0][bin_of(15.0)] == len(keys)
+
+
 def test_ghosts_are_bounded():
     fresh, policy = Fresh(), HazardPolicy(min_ghosts=100)
     cache = KeyCache(50, policy)
