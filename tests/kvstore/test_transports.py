@@ -126,8 +126,10 @@ def test_thousands_of_small_unaligned_ranges(peer: Peer, remote: SharedMemoryPoo
     assert (local[1:] == expected).all()
 
 
-def test_an_empty_batch_is_fine(peer: Peer) -> None:
-    peer.read([], np.zeros(1, dtype=np.uint8))
+def test_an_empty_batch_moves_nothing(peer: Peer) -> None:
+    local = np.full(1, 7, dtype=np.uint8)
+    peer.read([], local)
+    assert local[0] == 7
 
 
 def test_many_threads_read_one_peer(peer: Peer, remote: SharedMemoryPool) -> None:
