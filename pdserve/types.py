@@ -9,6 +9,7 @@ where it ends in `_ms`. Timeouts are always relative: two machines need not agre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import NoReturn
@@ -166,7 +167,8 @@ class Request:
 
     request_id: str
     model: str
-    prompt_token_ids: tuple[int, ...]
+    prompt_token_ids: Sequence[int]
+    """A tuple; at the router packed (`pdserve.wire.columns.PackedIds`)."""
     params: SamplingParams
     lora: str = ""
     cache_root: bytes = bytes(16)

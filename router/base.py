@@ -33,7 +33,8 @@ class Incoming(Struct, frozen=True):
     params: SamplingParams
     text: str | None = None
     messages: tuple[ChatMessage, ...] | None = None
-    token_ids: tuple[int, ...] | None = None
+    token_ids: Sequence[int] | None = None
+    """As a client gave them, or an array of type "I" from `Core.prepare`."""
     add_special_tokens: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -86,7 +87,7 @@ class Handle(Protocol):
     def request_id(self) -> str: ...
 
     @property
-    def prompt_token_ids(self) -> tuple[int, ...]: ...
+    def prompt_token_ids(self) -> Sequence[int]: ...
 
     def cancel(self) -> None:
         """The client went away: free everything on both workers. No call of the sink follows. Idempotent."""

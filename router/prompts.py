@@ -68,7 +68,7 @@ class PromptMaker:
     def _in_thread(self, incoming: Incoming, arrived_s: float) -> Incoming:
         if self._threads_tokenizer is None:
             self._threads_tokenizer = self._tokenizer.twin()
-        token_ids = tuple(_token_ids(self._threads_tokenizer, incoming))
+        token_ids = _token_ids(self._threads_tokenizer, incoming)
         return replace(incoming, messages=None, text=None, token_ids=token_ids, arrived_s=arrived_s)
 
     def _left_thread(self, prepared: asyncio.Future[Incoming]) -> None:
@@ -100,6 +100,8 @@ class PromptMaker:
     def _tokenise(self, incoming: Incoming, vocab_size: int) -> PackedIds:
         if incoming.messages is not None or incoming.text is not None:
             token_ids = _token_ids(self._tokenizer, incoming)
+        elif isinstance(incoming.token_ids, array):
+            token_ids = incoming.token_ids  # tokenised in the thread
         else:
             given = incoming.token_ids or ()
             if given and not (min(given) >= 0 and max(given) < vocab_size):
@@ -107,7 +109,7 @@ class PromptMaker:
             token_ids = array("I", given)
         if not token_ids:
             raise InvalidRequest("prompt is empty: it must have at least one token", param="prompt")
-        return PackedIds.of(token_ids)
+        return PackedIds(token_ids.tobytes())
 
     def _resolve(self, params: SamplingParams, num_prompt_tokens: int, bounds: Bounds) -> SamplingParams:
         """With `max_tokens` and `seed` filled in and every token id known to the model."""

@@ -9,7 +9,7 @@ request (last token, error, cancel, deadline) passes through `_end`, once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -140,7 +140,7 @@ class ActiveRequest:
         return self.request.request_id
 
     @property
-    def prompt_token_ids(self) -> tuple[int, ...]:
+    def prompt_token_ids(self) -> Sequence[int]:
         return self.request.prompt_token_ids
 
     def cancel(self) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
 
 from pdserve.errors import ProtocolMismatch
 
@@ -18,18 +19,39 @@ assert array("I").itemsize == 4
 assert array("Q").itemsize == 8
 
 
-class PackedIds(tuple[int, ...]):
-    """Token ids that know their packed form: a prompt is packed once, hashed in that form and sent to both workers. A
-    slice of them is a plain tuple."""
+class PackedIds(Sequence[int]):
+    """Token ids as u32 little-endian: a prompt is hashed in that form and sent to both workers, and hardly ever read
+    one by one. Equal to a tuple of the same ids; a slice is a tuple."""
 
-    packed: bytes
+    __slots__ = ("packed",)
 
-    @classmethod
-    def of(cls, ids: array[int]) -> PackedIds:
-        """`ids` of type "I"."""
-        packed = cls(ids)
-        packed.packed = ids.tobytes()
-        return packed
+    def __init__(self, packed: bytes) -> None:
+        self.packed = packed
+
+    def __len__(self) -> int:
+        return len(self.packed) >> 2
+
+    @overload
+    def __getitem__(self, at: int) -> int: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[int, ...]: ...
+    def __getitem__(self, at: int | slice) -> int | tuple[int, ...]:
+        ids = memoryview(self.packed).cast("I")
+        return ids[at] if isinstance(at, int) else tuple(ids[at])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(memoryview(self.packed).cast("I"))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, PackedIds):
+            return self.packed == other.packed
+        return tuple(self) == other if isinstance(other, tuple) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return f"PackedIds({len(self)})"
 
 
 def pack_u32(values: Iterable[int]) -> bytes:

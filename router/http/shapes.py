@@ -77,7 +77,7 @@ class Shape(Protocol):
 
     def usage_chunk(self, usage: Usage) -> bytes: ...
 
-    def whole(self, pieces: Sequence[Piece], prompts: Sequence[tuple[int, ...]], usage: Usage) -> bytes:
+    def whole(self, pieces: Sequence[Piece], prompts: Sequence[Sequence[int]], usage: Usage) -> bytes:
         """The body of an answer that is not streamed; `prompts` holds each prompt's token ids."""
         ...
 
@@ -144,7 +144,7 @@ class ChatShape:
     def slot(self, index: int) -> tuple[bytes, bytes]:
         return _cut(self.chunk(Piece(index, _SLOT)))
 
-    def whole(self, pieces: Sequence[Piece], prompts: Sequence[tuple[int, ...]], usage: Usage) -> bytes:
+    def whole(self, pieces: Sequence[Piece], prompts: Sequence[Sequence[int]], usage: Usage) -> bytes:
         envelope = self.envelope
         return _encode(
             ChatCompletion(
@@ -216,7 +216,7 @@ class TextShape:
     def slot(self, index: int) -> tuple[bytes, bytes]:
         return _cut(self.chunk(Piece(index, _SLOT)))
 
-    def whole(self, pieces: Sequence[Piece], prompts: Sequence[tuple[int, ...]], usage: Usage) -> bytes:
+    def whole(self, pieces: Sequence[Piece], prompts: Sequence[Sequence[int]], usage: Usage) -> bytes:
         choices = [self._choice(piece, logprobs=self.envelope.with_logprobs) for piece in pieces]
         if self.envelope.with_token_ids:
             choices_each = len(choices) // len(prompts)
