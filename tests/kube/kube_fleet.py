@@ -66,7 +66,7 @@ class KubeFleet:
             disaggregate="always",
         )
         self._router = Router(config, self.discovery)
-        self.client = httpx.AsyncClient(timeout=30, trust_env=False)
+        self.client = httpx.AsyncClient(timeout=90, trust_env=False)
 
     async def __aenter__(self) -> KubeFleet:
         await self._router.start()
@@ -109,7 +109,7 @@ class KubeFleet:
 
     # ---- what tests do ----
 
-    async def until_knows(self, count: int, timeout_s: float = 30.0) -> None:
+    async def until_knows(self, count: int, timeout_s: float = 90.0) -> None:
         """`count` workers take new requests, as far as discovery knows."""
         try:
             await self.until(lambda: len(self.discovery.known) == count, timeout_s)
@@ -119,13 +119,13 @@ class KubeFleet:
                 f"not {count} workers: discovery knows {set(self.discovery.known)}, slices say {told}"
             ) from error
 
-    async def until(self, condition, timeout_s: float = 30.0) -> None:
+    async def until(self, condition, timeout_s: float = 90.0) -> None:
         async with asyncio.timeout(timeout_s):
             while not condition():  # noqa: ASYNC110 - it looks at others' state, which signals nothing
                 await asyncio.sleep(0.02)
 
     async def until_ready(self) -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):
             while (await self.client.get("/readyz")).status_code != 200:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
 

@@ -172,7 +172,7 @@ async def test_a_forgotten_version_in_mid_flight_is_healed_by_a_list(cluster):
     discovery = KubernetesDiscovery(config_of(cluster), SliceApi(config_of(cluster)))
     discovery._version, discovery._list_at = "1", float("inf")
     hand_made(cluster, "a", "10.9.0.1")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         assert await anext(discovery.watch()) == {"10.9.0.1:7000"}
 
 
