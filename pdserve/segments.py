@@ -19,7 +19,7 @@ from typing import Any
 import tokenizers
 
 from pdserve.chat_skeleton import MAX_SKELETONS, Place, Skeleton
-from pdserve.words import word_encoder
+from pdserve.words import leaves_parts, word_encoder
 
 MAX_CHARS = 8 << 20
 """Of remembered text. With its ids about 5 bytes a character in English: 40 MB at most."""
@@ -37,7 +37,9 @@ class SegmentEncoder:
         self._special = special
         self._cut = _cutter(special)
         words = word_encoder(backend)
-        self._fresh_ids = _whole(backend) if words is None else words.encode
+        self._whole = _whole(backend)
+        self._by_words = self._whole if words is None else words.encode
+        self._normalizer = backend.normalizer
         self._may_hold_special = re.compile(f"[{re.escape(''.join(sorted({token[0] for token in special})))}]").search
         self.separate = _are_separate(special)
         """Special tokens never overlap, so what stands between two of them is cut the same by itself."""
@@ -110,13 +112,17 @@ class SegmentEncoder:
         if ids is not None:
             self._known.move_to_end(piece)
             return ids
-        ids = array("I", self._fresh_ids(piece))
+        ids = array("I", self._by_words(piece) if self._is_normal(piece) else self._whole(piece))
         if len(piece) <= self._max_chars:
             self._known[piece] = ids
             self.num_chars += len(piece)
             while self.num_chars > self._max_chars:
                 self.num_chars -= len(self._known.popitem(last=False)[0])
         return ids
+
+    def _is_normal(self, piece: str) -> bool:
+        """The tokenizer encodes the text as it is, hence any part of it as well."""
+        return self._normalizer is None or piece.isascii() or self._normalizer.normalize_str(piece) == piece
 
 
 def _are_separate(special: Iterable[str]) -> bool:
@@ -157,7 +163,7 @@ def segment_encoder(backend: tokenizers.Tokenizer) -> SegmentEncoder | None:
     """None when cutting at special tokens would not be exact for this tokenizer."""
     tokens = backend.get_added_tokens_decoder()
     movable = any(t.single_word or t.lstrip or t.rstrip or t.normalized for t in tokens.values())
-    if not tokens or movable or backend.normalizer is not None or backend.pre_tokenizer is None:
+    if not tokens or movable or not leaves_parts(backend.normalizer) or backend.pre_tokenizer is None:
         return None
     if not _is_local(json.loads(backend.pre_tokenizer.__getstate__())):
         return None

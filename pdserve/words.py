@@ -178,9 +178,15 @@ def _ends_safely(word: str) -> bool:
     return "!" <= last <= "~" or last.isalnum()
 
 
+def leaves_parts(normalizer: tokenizers.normalizers.Normalizer | None) -> bool:
+    """Whether a text that it leaves as it is has no part that it would change: so it is with NFC (Unicode TR 15)."""
+    return normalizer is None or isinstance(normalizer, tokenizers.normalizers.NFC)
+
+
 def word_encoder(backend: tokenizers.Tokenizer) -> WordEncoder | None:
-    """None when cutting before spaces would not be exact for this tokenizer."""
-    if backend.normalizer is not None or backend.pre_tokenizer is None or backend.truncation or backend.padding:
+    """For texts that the tokenizer's normalizer leaves as they are. None when cutting before spaces would not be exact
+    for this tokenizer."""
+    if not leaves_parts(backend.normalizer) or backend.pre_tokenizer is None or backend.truncation or backend.padding:
         return None
     if not isinstance(backend.model, tokenizers.models.BPE) or backend.model.dropout:
         return None
