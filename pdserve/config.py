@@ -267,6 +267,7 @@ class KvstoreConfig(Config, frozen=True):
     drain_timeout_s: Annotated[float, _doc("After SIGTERM: readers and writers may finish for so long.", "s", ge=0)] = (
         10.0
     )
+    tracing: TracingConfig = TracingConfig()
     log_level: Annotated[str, _doc("debug | info | warning | error.")] = "info"
 
 

@@ -209,11 +209,12 @@ class Fetcher:
         client = self._link.client if self._link is not None else None
         if self._link is None or client is None:
             return None
-        looking = client.lookup(fetch.keys, self._fingerprint, tenant=fetch.job.tenant)
+        job = fetch.job
+        looking = client.lookup(fetch.keys, self._fingerprint, tenant=job.tenant, traceparent=job.request.traceparent)
         found = await self._asked(self._link.pause, looking)
         if found is None:
             return None
-        self._stored(fetch.job, len(found.slots))
+        self._stored(job, len(found.slots))
         self._metrics.store_promoted_blocks.inc(found.promoted)
         pool, policy = self._pool, self._policy
 
@@ -224,7 +225,8 @@ class Fetcher:
 
     async def _find_peer(self, address: str, fetch: Fetch) -> Find | None:
         pause = partial(self._peers.pause, address)
-        found = await self._asked(pause, self._peers.find(address, fetch.keys, self._fingerprint))
+        traceparent = fetch.job.request.traceparent
+        found = await self._asked(pause, self._peers.find(address, fetch.keys, self._fingerprint, traceparent))
         if found is None:
             pause()
         return found
@@ -328,6 +330,7 @@ class Fetcher:
     def _count(self, fetch: Fetch, find: Find, blocks: range, elapsed_s: float) -> None:
         nbytes = len(blocks) * self._pool.block_bytes
         fetch.job.fetched_from = find.tier
+        fetch.job.fetched_ns = time.time_ns()
         fetch.job.num_disk_tokens += find.num_from_disk(blocks) * self._block_tokens
         self._planner.observe_read(find.source, nbytes, elapsed_s)
         self._metrics.store_bytes.labels(find.tier, "read").inc(nbytes)

@@ -49,6 +49,8 @@ class Job:
     resumed_ns: int = 0
     fetched_from: str = ""
     """Tier of the store that a part of its prompt came from."""
+    fetched_ns: int = 0
+    """When the last of it had come."""
     num_disk_tokens: int = 0
     """Of those, such as the node's store had on disk."""
 

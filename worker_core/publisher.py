@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,11 +42,18 @@ SETTLE_S = 0.02
 log = logging.getLogger("pdserve.worker")
 
 
+class Owner(NamedTuple):
+    """Of a chain: whose quota it counts against, and whose trace storing it belongs to."""
+
+    tenant: str = ""
+    traceparent: str = ""
+
+
 @dataclass(slots=True)
 class Chain:
     """One choice's blocks, from the first on. `blocks` and `generations` stay empty if the engine gives none."""
 
-    tenant: str
+    owner: Owner
     keys: list[bytes] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     generations: list[int] = field(default_factory=list)
@@ -96,8 +104,8 @@ class Publisher:
         self._max_backlog = max_backlog_blocks
         self._chains: dict[int, Chain] = {}
         """Of choices that run, by handle."""
-        self._owners: OrderedDict[int, str] = OrderedDict()
-        """Tenants of choices that have ended."""
+        self._owners: OrderedDict[int, Owner] = OrderedDict()
+        """Of choices that have ended."""
         self._due: dict[int, Chain] = {}
         """To be stored, by a number of their own, oldest first."""
         self._numbers: dict[int, int] = {}
@@ -127,8 +135,8 @@ class Publisher:
 
     # ---- from the job table ----
 
-    def add(self, published: PublishedBlocks, tenant: Callable[[int], str | None]) -> None:
-        """`tenant` tells whose choice a handle is; None: it has ended."""
+    def add(self, published: PublishedBlocks, owner_of: Callable[[int], Owner | None]) -> None:
+        """`owner_of` tells whose choice a handle is; None: it has ended."""
         if published.handle < 0:
             return  # in a cache that nobody can copy from
         if self._link.client is None:
@@ -136,8 +144,8 @@ class Publisher:
             return
         chain = self._chains.get(published.handle)
         if chain is None:
-            owner = tenant(published.handle)
-            chain = Chain(owner or self._owners.get(published.handle, ""), ended=owner is None)
+            owner = owner_of(published.handle)
+            chain = Chain(owner or self._owners.get(published.handle, Owner()), ended=owner is None)
             if owner is not None:
                 self._chains[published.handle] = chain
         if not chain.take(published):
@@ -145,14 +153,14 @@ class Publisher:
             return
         self._offer(chain)
 
-    def known(self, handle: int, tenant: str, num_stored: int) -> None:
+    def known(self, handle: int, owner: Owner, num_stored: int) -> None:
         """The store was asked for this request's chain and has so many of its blocks."""
-        chain = self._chains.setdefault(handle, Chain(tenant))
+        chain = self._chains.setdefault(handle, Chain(owner))
         chain.extends, chain.num_stored = True, num_stored
 
-    def end(self, handle: int, tenant: str) -> None:
+    def end(self, handle: int, owner: Owner) -> None:
         """The choice has ended: what it still has to store is due now, and may still be told."""
-        self._owners[handle] = tenant
+        self._owners[handle] = owner
         if len(self._owners) > MAX_OWNERS:
             self._owners.popitem(last=False)
         chain = self._chains.pop(handle, None)
@@ -251,16 +259,19 @@ class Publisher:
     async def _put(self, client: StoreClient, chain: Chain) -> bool:
         """Reserve, copy, commit what is missing of the chain as it is now. False: try again later."""
         keys, blocks, generations = tuple(chain.keys), tuple(chain.blocks), tuple(chain.generations)
-        reserved = await client.reserve(keys, self._fingerprint, tenant=chain.tenant, extends=chain.extends)
+        tenant, traceparent = chain.owner
+        reserved = await client.reserve(
+            keys, self._fingerprint, tenant=tenant, extends=chain.extends, traceparent=traceparent
+        )
         chain.extends = True
         statuses = reserved.statuses
         wanted = [i for i, status in enumerate(statuses) if status == Status.RESERVED]
         if wanted and len(blocks) == len(keys):
             rows, fences = [blocks[i] for i in wanted], [generations[i] for i in wanted]
-            num_copied = await self._copy(client, reserved, rows, fences)
+            num_copied = await self._copy(client, reserved, rows, fences, traceparent)
             self._metrics.store_publish_dropped.labels("reused").inc(len(wanted) - num_copied)
         elif wanted:
-            num_copied = await self._copy_lent(client, reserved, [keys[i] for i in wanted])
+            num_copied = await self._copy_lent(client, reserved, [keys[i] for i in wanted], traceparent)
             chain.tries = 0 if num_copied else chain.tries
             if num_copied < len(wanted):
                 return False
@@ -271,19 +282,24 @@ class Publisher:
         chain.num_stored, chain.tries = len(keys), 0
         return True
 
-    async def _copy_lent(self, client: StoreClient, reserved: Reserved, keys: Sequence[bytes]) -> int:
+    async def _copy_lent(self, client: StoreClient, reserved: Reserved, keys: Sequence[bytes], traceparent: str) -> int:
         """As `_copy`, of blocks that the engine must bring into hand-over memory first."""
         lent = await self._engine.call(partial(lend, keys))
         if lent is None:
             await client.abort(reserved)
             return 0
         try:
-            return await self._copy(client, reserved, lent, self._pool.generations[list(lent)].tolist())
+            return await self._copy(client, reserved, lent, self._pool.generations[list(lent)].tolist(), traceparent)
         finally:
             self._engine.post(partial(take_back, lent))
 
     async def _copy(
-        self, client: StoreClient, reserved: Reserved, rows: Sequence[int], generations: Sequence[int]
+        self,
+        client: StoreClient,
+        reserved: Reserved,
+        rows: Sequence[int],
+        generations: Sequence[int],
+        traceparent: str,
     ) -> int:
         """Copy rows of the pool into the reserved slots, commit those that were untouched; returns how many."""
         loop = asyncio.get_running_loop()
@@ -297,7 +313,7 @@ class Publisher:
         if not digests:
             await client.abort(reserved)
             return 0
-        num_committed = await client.commit(reserved, digests)
+        num_committed = await client.commit(reserved, digests, traceparent)
         self._metrics.store_bytes.labels("dram", "write").inc(num_committed * self._pool.block_bytes)
         return num_committed
 

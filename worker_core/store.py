@@ -22,7 +22,7 @@ from worker_core.fetch_plan import FetchPlanner
 from worker_core.fetcher import Fetcher
 from worker_core.jobs import Job, JobTable
 from worker_core.memory_port import MemoryPort
-from worker_core.publisher import Publisher
+from worker_core.publisher import Owner, Publisher
 from worker_core.store_link import StoreLink
 from worker_core.store_sources import PeerStores
 
@@ -91,7 +91,7 @@ class StoreSide:
 
     def ended(self, key: int, job: Job) -> None:
         if self.publisher is not None:
-            self.publisher.end(key, job.tenant)
+            self.publisher.end(key, _owner(job))
 
     # ---- for the worker ----
 
@@ -108,20 +108,20 @@ class StoreSide:
             return CacheDelta()
         if self.publisher is not None:
             for published in result.published:
-                self.publisher.add(published, self._tenant_of)
+                self.publisher.add(published, self._owner_of)
         return self.view.update(result)
 
     def feed(self) -> CacheFeed:
         """For one router's stream."""
         return CacheFeed(self.view)
 
-    def _tenant_of(self, handle: int) -> str | None:
+    def _owner_of(self, handle: int) -> Owner | None:
         job = self._jobs.job_of(handle)
-        return None if job is None else job.tenant
+        return None if job is None else _owner(job)
 
     def _known(self, job: Job, num_stored: int) -> None:
         if self.publisher is not None:
-            self.publisher.known(job.key, job.tenant, num_stored)
+            self.publisher.known(job.key, _owner(job), num_stored)
 
     async def flush(self) -> None:
         """Store what is left, for a bounded time."""
@@ -139,3 +139,7 @@ class StoreSide:
             await self.publisher.stop()
         if self.link is not None:
             await self.link.stop()
+
+
+def _owner(job: Job) -> Owner:
+    return Owner(job.tenant, job.request.traceparent)

@@ -131,10 +131,10 @@ class PeerStores:
         if peer is not None:
             peer.paused_until = time.monotonic() + PAUSE_S
 
-    async def find(self, address: str, keys: Sequence[bytes], fingerprint: bytes) -> Find:
+    async def find(self, address: str, keys: Sequence[bytes], fingerprint: bytes, traceparent: str = "") -> Find:
         """Raises a `PdserveError`."""
         client = await self._client(address)
-        found = await client.lookup(keys, fingerprint)
+        found = await client.lookup(keys, fingerprint, traceparent=traceparent)
         if not len(found.slots) == len(found.generations) == len(found.digests) <= len(keys):
             raise HandoverError("the peer's store answered with columns that do not fit the prompt")
         policy = self._policy if client.transport in SAME_HOST_ONLY else DigestPolicy()

@@ -27,6 +27,14 @@ class TracedJob(Protocol):
         """When a DECODE request had all its KV; 0: it had not."""
         ...
 
+    @property
+    def fetched_from(self) -> str:
+        """Tier of the store that a part of its prompt came from; empty: none did."""
+        ...
+
+    @property
+    def fetched_ns(self) -> int: ...
+
 
 class WorkerTraces:
     """One a worker."""
@@ -41,6 +49,9 @@ class WorkerTraces:
         if span.is_recording() and job.resumed_ns:
             self._tracer.child(span, "worker.pull", job.born_ns, job.resumed_ns, {})
             self._tracer.child(span, "worker.decode", job.resumed_ns, now, {})
+        if span.is_recording() and job.fetched_from:
+            tier: dict[str, Value] = {"pdserve.tier": job.fetched_from}
+            self._tracer.child(span, "worker.fetch", job.born_ns, job.fetched_ns, tier)
         attributes: dict[str, Value] = {
             "pdserve.worker": self._worker_id,
             "pdserve.request_id": job.request.request_id,

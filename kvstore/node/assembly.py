@@ -19,6 +19,7 @@ from kvstore.node.service import NodeParts
 from kvstore.node.sessions import Sessions
 from kvstore.node.tenants import Tenants
 from kvstore.node.tiers import DISK_CLIENT, DiskEvents, Tiers
+from kvstore.node.traces import make_traces
 from kvstore.transports.base import Transport
 from kvstore.transports.bulk_tls import BulkTls
 from kvstore.transports.opening import open_transports
@@ -127,6 +128,7 @@ async def assemble(config: KvstoreConfig, pool: SharedMemoryPool, wires: Wires, 
         metrics=metrics,
         offers=wires.offers,
         before_attach=wires.refresh_tls,
+        traces=make_traces(config.tracing, node, sessions.is_local),
     )
 
 

@@ -100,10 +100,16 @@ class StoreClient(ClientSession):
     # ---- writing ----
 
     async def reserve(
-        self, keys: Sequence[bytes], fingerprint: bytes, *, tenant: str = "", extends: bool = False
+        self,
+        keys: Sequence[bytes],
+        fingerprint: bytes,
+        *,
+        tenant: str = "",
+        extends: bool = False,
+        traceparent: str = "",
     ) -> wire.Reserved:
         """Slots for what is missing of a whole chain. Raises `QuotaExceeded`, `Draining`."""
-        request = wire.Reserve(self.attached.session, fingerprint, tuple(keys), tenant, extends)
+        request = wire.Reserve(self.attached.session, fingerprint, tuple(keys), tenant, extends, traceparent)
         return await self._channel.call(wire.RESERVE, request, timeout_s=CALL_TIMEOUT_S)
 
     def write(self, reserved: wire.Reserved, source: NDArray[np.uint8], blocks: Sequence[int]) -> tuple[bytes, ...]:
@@ -122,9 +128,9 @@ class StoreClient(ClientSession):
             digests += [xxhash.xxh3_128_digest(source[row]) for row in rows[step]]
         return tuple(digests)
 
-    async def commit(self, reserved: wire.Reserved, digests: Sequence[bytes]) -> int:
+    async def commit(self, reserved: wire.Reserved, digests: Sequence[bytes], traceparent: str = "") -> int:
         """How many became visible. Raises `TicketRefused` (it lapsed), `DigestMismatch`."""
-        request = wire.Commit(self.attached.session, reserved.reservation_id, tuple(digests))
+        request = wire.Commit(self.attached.session, reserved.reservation_id, tuple(digests), traceparent)
         return (await self._channel.call(wire.COMMIT, request, timeout_s=CALL_TIMEOUT_S)).committed
 
     async def abort(self, reserved: wire.Reserved) -> None:

@@ -40,10 +40,19 @@ class ClientSession:
         await asyncio.gather(self.lost, return_exceptions=True)
 
     async def lookup(
-        self, keys: Sequence[bytes], fingerprint: bytes, *, tenant: str = "", extends: bool = False
+        self,
+        keys: Sequence[bytes],
+        fingerprint: bytes,
+        *,
+        tenant: str = "",
+        extends: bool = False,
+        traceparent: str = "",
     ) -> wire.Found:
-        """The longest prefix that is there, leased. `release` it after the bytes were read."""
-        request = wire.Lookup(self.attached.session, fingerprint, tuple(keys), tenant, extends=extends)
+        """The longest prefix that is there, leased. `release` it after the bytes were read. `traceparent`: of the
+        request that it is for."""
+        request = wire.Lookup(
+            self.attached.session, fingerprint, tuple(keys), tenant, extends=extends, traceparent=traceparent
+        )
         return await self._channel.call(wire.LOOKUP, request, timeout_s=CALL_TIMEOUT_S)
 
     async def renew(self, found: wire.Found) -> float:

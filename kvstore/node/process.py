@@ -115,6 +115,8 @@ class NodeStore:
         if self._service is not None:
             await self.parts.tiers.close()
             self.parts.sessions.close()
+            if self.parts.traces is not None:
+                await asyncio.to_thread(self.parts.traces.close)
         self._service = self._server = None
         if self._wires is not None:
             self._wires.close()

@@ -20,6 +20,7 @@ from kvstore.node.feed import EventFeed
 from kvstore.node.integrity import Scrubber
 from kvstore.node.sessions import Sessions
 from kvstore.node.tiers import Tiers
+from kvstore.node.traces import StoreTraces
 from kvstore.transports.segment import host_id
 from kvstore.transports.shm import SharedMemoryPool
 from kvstore.types import KEY_BYTES, Tier
@@ -52,6 +53,7 @@ class NodeParts:
     """Descriptor of the pool by transport."""
     before_attach: Callable[[], None]
     """Certificates may have been renewed in place."""
+    traces: StoreTraces | None = None
 
 
 class StoreService:
@@ -79,7 +81,8 @@ class StoreService:
             (wire.VERIFY, self.verify),
         ]
         for method, handler in unary:
-            server.add(method, self._timed(method.name.lower(), handler))
+            operation, traces = method.name.lower(), self._parts.traces
+            server.add(method, self._timed(operation, traces.traced(operation, handler) if traces else handler))
         server.add(wire.ATTACH, self.attach)
         server.add(wire.LIST, self.list_blocks)
         server.add(wire.EVENTS, lambda request, context: self._parts.feed.follow(request))

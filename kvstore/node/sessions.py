@@ -49,6 +49,11 @@ class Sessions:
         self._by_token[session.token] = session
         return session
 
+    def is_local(self, token: bytes) -> bool:
+        """Whether this client is on this node; of one that is not known nobody can tell."""
+        session = self._by_token.get(token)
+        return session is None or session.local
+
     def detach(self, session: Session) -> None:
         """Its call ended: nothing more is granted to it; what it holds ends by time."""
         session.attached = False

@@ -136,6 +136,7 @@ class LookupRequest(google.protobuf.message.Message):
     NO_LEASE_FIELD_NUMBER: builtins.int
     EXTENDS_FIELD_NUMBER: builtins.int
     NO_PROMOTION_FIELD_NUMBER: builtins.int
+    TRACEPARENT_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     fingerprint: builtins.bytes
     keys: builtins.bytes
@@ -145,6 +146,8 @@ class LookupRequest(google.protobuf.message.Message):
     extends: builtins.bool
     """this request's chain was counted as used before"""
     no_promotion: builtins.bool
+    traceparent: builtins.str
+    """W3C, of the request that this is for; empty: no span"""
     def __init__(
         self,
         *,
@@ -155,8 +158,9 @@ class LookupRequest(google.protobuf.message.Message):
         no_lease: builtins.bool = ...,
         extends: builtins.bool = ...,
         no_promotion: builtins.bool = ...,
+        traceparent: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["extends", b"extends", "fingerprint", b"fingerprint", "keys", b"keys", "no_lease", b"no_lease", "no_promotion", b"no_promotion", "session", b"session", "tenant", b"tenant"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["extends", b"extends", "fingerprint", b"fingerprint", "keys", b"keys", "no_lease", b"no_lease", "no_promotion", b"no_promotion", "session", b"session", "tenant", b"tenant", "traceparent", b"traceparent"]) -> None: ...
 
 global___LookupRequest = LookupRequest
 
@@ -261,12 +265,15 @@ class ReserveRequest(google.protobuf.message.Message):
     KEYS_FIELD_NUMBER: builtins.int
     TENANT_FIELD_NUMBER: builtins.int
     EXTENDS_FIELD_NUMBER: builtins.int
+    TRACEPARENT_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     fingerprint: builtins.bytes
     keys: builtins.bytes
     """the whole chain from its first block"""
     tenant: builtins.str
     extends: builtins.bool
+    traceparent: builtins.str
+    """as a lookup's"""
     def __init__(
         self,
         *,
@@ -275,8 +282,9 @@ class ReserveRequest(google.protobuf.message.Message):
         keys: builtins.bytes = ...,
         tenant: builtins.str = ...,
         extends: builtins.bool = ...,
+        traceparent: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["extends", b"extends", "fingerprint", b"fingerprint", "keys", b"keys", "session", b"session", "tenant", b"tenant"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["extends", b"extends", "fingerprint", b"fingerprint", "keys", b"keys", "session", b"session", "tenant", b"tenant", "traceparent", b"traceparent"]) -> None: ...
 
 global___ReserveRequest = ReserveRequest
 
@@ -314,18 +322,22 @@ class CommitRequest(google.protobuf.message.Message):
     SESSION_FIELD_NUMBER: builtins.int
     RESERVATION_ID_FIELD_NUMBER: builtins.int
     DIGESTS_FIELD_NUMBER: builtins.int
+    TRACEPARENT_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     reservation_id: builtins.int
     digests: builtins.bytes
     """of the first so many reserved blocks; the others are given back"""
+    traceparent: builtins.str
+    """as a lookup's"""
     def __init__(
         self,
         *,
         session: builtins.bytes = ...,
         reservation_id: builtins.int = ...,
         digests: builtins.bytes = ...,
+        traceparent: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["digests", b"digests", "reservation_id", b"reservation_id", "session", b"session"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digests", b"digests", "reservation_id", b"reservation_id", "session", b"session", "traceparent", b"traceparent"]) -> None: ...
 
 global___CommitRequest = CommitRequest
 

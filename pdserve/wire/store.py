@@ -56,6 +56,8 @@ class Lookup:
     no_lease: bool = False
     extends: bool = False
     no_promotion: bool = False
+    traceparent: str = ""
+    """W3C, of the request that this is for; empty: no span."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class Reserve:
     keys: tuple[bytes, ...]
     tenant: str = ""
     extends: bool = False
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,7 @@ class Commit:
     session: bytes
     reservation_id: int
     digests: tuple[bytes, ...]
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

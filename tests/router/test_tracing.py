@@ -10,10 +10,14 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
-from pdserve.config import TracingConfig
-from pdserve.errors import NoWorker
+from kvstore.node.client_session import open_session
+from kvstore.node.process import NodeStore
+from pdserve.config import DiskConfig, KvstoreConfig, TracingConfig
+from pdserve.errors import NotSupported, NoWorker
+from pdserve.rpc import Channel
 from pdserve.tracing import tracer_of
 from pdserve.types import Role
+from pdserve.wire import store as wire
 from router.traces import RouterTraces
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -85,6 +89,85 @@ async def test_one_trace_goes_through_all_processes(house, sink, incoming, recei
     assert not any(b"secret" in span.SerializeToString() for _, span in receiver.spans)
 
 
+def values_of(span):
+    return {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in span.attributes}
+
+
+@pytest.fixture
+async def store(receiver, tmp_path):
+    """A pool of 32 blocks over a disk: of two prompts of 20 blocks one's tail goes down."""
+    config = KvstoreConfig(
+        block_bytes=256, num_blocks=32, high_watermark=1.0, low_watermark=1.0, node_id="n1",
+        disk=DiskConfig(path=str(tmp_path / "kv")), tracing=receiver.config,
+    )  # fmt: skip
+    store = NodeStore(config)
+    await store.start()
+    yield store
+    await store.stop()
+
+
+async def test_what_stores_do_for_a_request_is_in_its_trace(house, sink, incoming, receiver, store):
+    settings = {"store": store.address, "store_fetch": "always", "store_timeout_s": 60.0, "tracing": receiver.config}
+    workers = [await house.worker(Role.PREFILL, name, **settings) for name in ("p0", "p1")]
+    decode = await house.worker(Role.DECODE, "d0", tracing=receiver.config)
+    for worker in workers:
+        await worker.store.link.attached.wait()
+    traces = RouterTraces(tracer_of(receiver.config, "pdserve-router", "r0"))
+    first, second = [await house.core(addresses=[worker.address, decode.address], traces=traces) for worker in workers]
+
+    async def ask(core, text, trace):
+        got = sink()
+        handle = core.submit(incoming(text, max_tokens=2, traceparent=trace), got)
+        await got.result()
+        await workers[0].store.publisher.flush()
+        await store.parts.tiers.drain()
+        return handle.record.num_fetched_tokens // 16
+
+    again = PARENT.replace("0af7", "1bf7", 1)
+    await ask(first, "secret words " * 25, PARENT)
+    await ask(first, "other words. " * 25, "")
+    fetched = await ask(second, "secret words " * 25, again)
+    await house.wait_idle()
+    await flush(house)
+    await store.stop()
+    reserve, commit = ([span for span in receiver.named(name) if span.trace_id == TRACE_ID]
+                       for name in ("store.reserve", "store.commit"))  # fmt: skip
+    requests = {span.trace_id: span.span_id for span in receiver.named("request")}
+    assert {span.parent_span_id for span in (*reserve, *commit)} == {requests[TRACE_ID]}
+    assert sum(values_of(span)["pdserve.blocks_committed"] for span in commit) == 20
+    (found,) = [span for span in receiver.named("store.lookup") if span.trace_id.hex() == again.split("-")[1]]
+    assert found.parent_span_id == requests[found.trace_id]
+    told = values_of(found)
+    assert (told["pdserve.node"], told["pdserve.by_peer"], told["pdserve.blocks_found"]) == ("n1", False, fetched)
+    read = receiver.one("store.disk_read")
+    assert read.parent_span_id == found.span_id
+    assert values_of(read)["pdserve.blocks"] == told["pdserve.blocks_from_disk"] > 0
+    fetch = receiver.one("worker.fetch")
+    assert (fetch.trace_id, values_of(fetch)) == (found.trace_id, {"pdserve.tier": "dram"})
+    services = {service for service, _ in receiver.spans}
+    assert services == {"pdserve-router", "pdserve-worker", "pdserve-kvstore"}
+    assert not any(b"secret" in span.SerializeToString() for _, span in receiver.spans)
+
+
+async def test_a_store_tells_of_peers_of_failures_and_of_nothing_without_a_trace(receiver, store):
+    channel = Channel(store.address)
+    attached, stream = await open_session(channel, wire.Attach("far", "elsewhere"))
+    for trace in ("", PARENT):
+        lookup = wire.Lookup(attached.session, bytes(16), (b"k" * 16,), traceparent=trace)
+        await channel.call(wire.LOOKUP, lookup, timeout_s=60)
+        reserve = wire.Reserve(attached.session, bytes(16), (b"k" * 16,), traceparent=trace)
+        with pytest.raises(NotSupported):
+            await channel.call(wire.RESERVE, reserve, timeout_s=60)
+    await stream.aclose()
+    await channel.close()
+    await store.stop()
+    (looked,) = receiver.named("store.lookup")
+    assert values_of(looked)["pdserve.by_peer"]
+    assert receiver.one("store.reserve").status.message == "not_supported"
+    assert {span.trace_id for _, span in receiver.spans} == {TRACE_ID}
+    assert not any(b"k" * 16 in span.SerializeToString() for _, span in receiver.spans)
+
+
 async def test_a_refused_request_has_a_span_that_says_so(house, sink, incoming, receiver):
     core = await traced_house(house, receiver)
     for link in house.fleets[0].links:
@@ -106,7 +189,10 @@ async def test_a_caller_that_does_not_sample_gets_no_spans(house, sink, incoming
 
 
 async def test_without_an_endpoint_nothing_is_loaded():
-    code = "import sys, router.app, worker_core.main; print([m for m in sys.modules if m.startswith('opentelemetry')])"
+    code = (
+        "import sys, router.app, worker_core.main, kvstore.node.main; "
+        "print([m for m in sys.modules if m.startswith('opentelemetry')])"
+    )
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
     assert (await process.communicate())[0].strip() == b"[]"
     assert tracer_of(TracingConfig(), "s", "i") is None

@@ -128,8 +128,8 @@ async def test_a_peer_that_answers_garbage_is_not_believed(column: str) -> None:
         (peer,) = near.workers[0].store.fetcher._peers._peers.values()
         real = peer.client.lookup
 
-        async def lookup(keys: list[bytes], fingerprint: bytes) -> object:
-            found = await real(keys, fingerprint)
+        async def lookup(keys: list[bytes], fingerprint: bytes, **options: object) -> object:
+            found = await real(keys, fingerprint, **options)
             return replace(found, **{column: getattr(found, column) * 2})
 
         peer.client.lookup = lookup
@@ -159,8 +159,8 @@ async def test_slots_beyond_the_peers_pool_are_not_read() -> None:
         (peer,) = near.workers[0].store.fetcher._peers._peers.values()
         real = peer.client.lookup
 
-        async def lookup(keys: list[bytes], fingerprint: bytes) -> object:
-            found = await real(keys, fingerprint)
+        async def lookup(keys: list[bytes], fingerprint: bytes, **options: object) -> object:
+            found = await real(keys, fingerprint, **options)
             return replace(found, slots=tuple(slot + 10**6 for slot in found.slots))
 
         peer.client.lookup = lookup
