@@ -16,9 +16,12 @@ from pdserve_cli.cluster import Cluster, ClusterSpec, run_cluster
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-SIM_WORKER = {"num_blocks": 4096, "drain_timeout_s": 20.0}
-ROUTER = {"connect_backoff_s": 0.2, "disaggregate": "always", "breaker.slow_ms": 60_000.0}
-"""On a busy machine hand-overs are slow; no test expects that the router then does without."""
+SIM_WORKER = {"num_blocks": 4096, "drain_timeout_s": 60.0}
+ROUTER = {
+    "connect_backoff_s": 0.2, "disaggregate": "always", "breaker.slow_ms": 60_000.0, "heartbeats_missed": 60,
+}  # fmt: skip
+"""On a busy machine hand-overs are slow and processes silent for seconds; no test expects that the router then does
+without. The one about silence sets its own bound."""
 
 SLOW = {"prefill_ms": 100.0, "decode_ms": 20.0, "chunk_tokens": 64}
 """Step times at which a request can be caught half-way: a chunk of the prompt, a token."""

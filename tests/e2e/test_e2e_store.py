@@ -23,8 +23,10 @@ from pdserve_cli.cluster import Cluster, ClusterSpec, Member, run_cluster
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="session")]
 
-ALWAYS = {"disaggregate": "always", "connect_backoff_s": 0.2, "breaker.slow_ms": 60_000.0}
-SIM = {"num_blocks": 1024, "store_fetch": "always"}
+ALWAYS = {
+    "disaggregate": "always", "connect_backoff_s": 0.2, "breaker.slow_ms": 60_000.0, "heartbeats_missed": 60,
+}  # fmt: skip
+SIM = {"num_blocks": 1024, "store_fetch": "always", "store_timeout_s": 60.0}
 TURN_TOKENS, NEW_TOKENS, OUTPUTS = 4000, 32, 32
 BLOCK = 16
 
