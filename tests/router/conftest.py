@@ -158,7 +158,7 @@ class House:
         metrics = RouterMetrics(registry)
         given = {
             "policy": "least_loaded", "disaggregate": "always", "block_tokens": 16, "secret": b"s",
-            "breaker": BreakerRules(), "seed": 1, **dict(placement),
+            "breaker": BreakerRules(slow_s=1000.0), "seed": 1, **dict(placement),
         }  # fmt: skip
         core_given = {
             "policy": given["policy"], "max_inflight": 64, "max_waiting": 64, "max_retries": 0, "timeouts": timeouts,

@@ -123,7 +123,8 @@ def test_a_guess_that_fails_makes_the_next_ones_smaller():
 @pytest.mark.parametrize("policy", ["conductor", "least_loaded"])
 async def test_a_link_that_fails_is_left_alone_and_tried_again(house, sink, incoming, policy):
     await house.pair()
-    core = await house.core(placement={"policy": policy, "breaker": BreakerRules(failures=2, rest_s=60.0)})
+    rules = BreakerRules(failures=2, slow_s=1000.0, rest_s=60.0)
+    core = await house.core(placement={"policy": policy, "breaker": rules})
     breakers = core.served[0].placer.breakers
     assert (await ask(core, sink, incoming, "a" * 100)).prefill_worker == "p0"
     for _ in range(2):
