@@ -38,8 +38,10 @@ def pages(block_keys: list[bytes]) -> NDArray[np.uint8]:
 
 @asynccontextmanager
 async def running_store(**overrides: object) -> AsyncIterator[NodeStore]:
+    """It does not scrub: what a test corrupts is for others to find."""
     tree = {"block_bytes": BLOCK_BYTES, "num_blocks": 16, "eviction": "lru", "high_watermark": 1.0,
-            "low_watermark": 1.0, "node_id": "n1", "drain_timeout_s": 0.2, **overrides}  # fmt: skip
+            "low_watermark": 1.0, "node_id": "n1", "drain_timeout_s": 0.2,
+            "scrub_blocks": 0, **overrides}  # fmt: skip
     store = NodeStore(from_mapping(KvstoreConfig, tree))
     try:
         await store.start()
