@@ -103,7 +103,7 @@ class StoreSide:
     def on_round(self, round_: Round) -> CacheDelta:
         """One step's news; what routers should hear of it. Hot path when there is none."""
         result = round_.result
-        self.planner.observe_step(result.num_prompt_tokens, round_.duration_s)
+        self.planner.observe_step(result.num_prompt_tokens, result.prefill_s or round_.duration_s)
         if not result.published and not result.evicted:
             return CacheDelta()
         if self.publisher is not None:

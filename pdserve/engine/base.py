@@ -86,13 +86,15 @@ class PublishedBlocks:
 class StepResult:
     """One step: tokens, ends and logprobs (`output`), the chunks that became exportable, and what the prefix cache took
     up and gave up (keys) since the step before: at its end every published key is in the cache, every evicted one is
-    not. `num_prompt_tokens`: of the tokens computed, those of prompts (0: the engine doesn't tell)."""
+    not. `num_prompt_tokens`: of the tokens computed, those of prompts (0: the engine doesn't tell), and `prefill_s` how
+    long they took, where that is not the step's own duration (0: it is)."""
 
     output: StepOutput = field(default_factory=StepOutput)
     exports: list[ExportedChunk] = field(default_factory=list)
     published: list[PublishedBlocks] = field(default_factory=list)
     evicted: list[bytes] = field(default_factory=list)
     num_prompt_tokens: int = 0
+    prefill_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -245,6 +246,24 @@ def test_what_vllm_still_has_counts_as_cached_and_is_loaded_behind(store: Store)
     engine.submit(request, Phase.FULL)
     assert answer(engine, handle) == [expected]
     assert engine.prompts[handle].num_cached_tokens == len(keys) * BLOCK
+
+
+def test_prompts_are_timed_by_vllms_own_clock(store: Store) -> None:
+    """What is cached took no time, and prompts that run side by side share theirs."""
+    engine = store.strict
+    engine.measured.clear()
+    requests = [make_request(name, 400, 4) for name in ("timed", "timed too")]
+    began = time.monotonic()
+    engine.run_alone(*requests)
+    engine.settle()
+    engine.run_alone(make_request("spacer", 40, 8))  # polls in which nothing new is told
+    elapsed = time.monotonic() - began
+    assert sum(tokens for tokens, _ in engine.measured) == 800
+    assert 0 < sum(seconds for _, seconds in engine.measured) < elapsed
+    engine.run_alone(*requests)
+    engine.run_alone(make_request("spacer 2", 40, 8))
+    engine.settle()
+    assert sum(tokens for tokens, _ in engine.measured) < 800 + 2 * VLLM_BLOCK
 
 
 def test_events_of_vllms_own_cache_are_told_without_numbers(store: Store) -> None:

@@ -87,6 +87,8 @@ class Driven:
     """Given one, published blocks are copied into it: what a worker does with its node's store."""
     order: list[tuple[str, int]] = field(default_factory=list)
     """What came in which order: ("export" | "token", handle)."""
+    measured: list[tuple[int, float]] = field(default_factory=list)
+    """Prompt tokens computed, and the seconds that took."""
     _next_handle: int = 1
 
     @property
@@ -110,6 +112,8 @@ class Driven:
         result = self.engine.step()
         output, position = result.output, 0
         self.cached.difference_update(result.evicted)
+        if result.num_prompt_tokens:
+            self.measured.append((result.num_prompt_tokens, result.prefill_s))
         for told in result.published:
             self.published.setdefault(told.handle, []).append(told)
             self.cached.update(told.keys)

@@ -11,6 +11,7 @@ from session_client import PairRequest, RouterSession
 from worker_pair import MODEL, SIM, expected, make_request, prompt, running, sim_builder, until, until_free
 from worker_stores import SIM_BLOCK_BYTES, joined, metric, run, running_node, store_of, turn
 
+from pdserve.engine.base import StepResult
 from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.sim import SimEngineConfig
 from pdserve.types import Phase, Request, Role, SamplingParams
@@ -42,6 +43,22 @@ async def test_another_worker_computes_only_what_is_new(phase: Phase) -> None:
         assert metric(worker, "pdserve_store_bytes_total", tier="dram", direction="read") == known * 16
         assert metric(worker, "pdserve_store_leases") == 0
         await until_free(*node.workers)
+
+
+async def test_an_engine_that_times_its_prompts_itself_is_believed() -> None:
+    """vLLM's steps are polls: their duration says nothing."""
+    async with running_node(workers=1) as node:
+        engine = await node.workers[0].engine.call(lambda engine: engine)
+        step = engine.step
+
+        def timed() -> StepResult:
+            result = step()
+            result.prefill_s = 0.5 * result.num_prompt_tokens
+            return result
+
+        engine.step = timed
+        await node.run(0, make_request("a", length=320))
+        assert node.workers[0].store.planner.prefill_s_per_token.value == 0.5
 
 
 async def test_what_came_from_the_stores_disk_is_counted_apart(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from pdserve.engine.vllm.pace import PrefillPace
 from pdserve.errors import EngineFailed, InvalidRequest, PdserveError
 
 
@@ -36,6 +37,8 @@ class Job:
     cancelled: bool = False
     stream: Any = None
     """vLLM's output collector, once vLLM has the request. Loop thread only."""
+    measured: bool = False
+    """Its prompt's time is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,7 @@ class VllmDriver:
         self.config = config
         self._companions = companions
         self.stats = Stats()
+        self.pace = PrefillPace()
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._started = _Started()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -195,7 +199,17 @@ class VllmDriver:
         while not finished:
             output = job.stream.get_nowait() or await job.stream.get()
             finished = output.finished
+            if not job.measured:
+                self._measure(job, output)
             self._events.put(Event(job, output=output, ended=finished))
+
+    def _measure(self, job: Job, output: Any) -> None:
+        """With its first token a request tells when it was scheduled and when that token came."""
+        stats = output.metrics
+        if stats is not None and output.outputs[0].token_ids:
+            job.measured = True
+            num_computed = len(job.prompt) - (output.num_cached_tokens or 0)
+            self.pace.add(num_computed, stats.scheduled_ts, stats.first_token_ts)
 
     def _abort_now(self, job: Job) -> None:
         """Before vLLM has the request, the mark is enough: `_run` looks at it."""

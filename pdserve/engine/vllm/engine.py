@@ -241,7 +241,7 @@ class VllmEngine(StagedCache):
 
     def step(self) -> StepResult:
         """What came from vLLM since the last step. Raises `EngineFailed` when vLLM died."""
-        result = StepResult()
+        result: StepResult = self._driver.pace.measured()
         result.output.finishes, self._finishes = self._finishes, []
         for event in self._driver.take(0.0 if result.output.finishes else POLL_S):
             self._handle(event, result)
