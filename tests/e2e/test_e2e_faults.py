@@ -285,7 +285,7 @@ async def test_a_worker_that_freezes_is_a_timeout_and_not_a_hang(start_sim: Any,
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 async def test_what_ran_on_a_worker_that_freezes_goes_on_elsewhere(start_sim: Any, http_to: Any, role: str) -> None:
     """Connected and silent: its heartbeats tell. What it says when it thaws is of a session that is over."""
-    cluster = await start_sim(prefill=2, decode=2, router={"heartbeat_s": 0.4, "heartbeats_missed": 4})
+    cluster = await start_sim(prefill=2, decode=2, router={"heartbeats_missed": 8})
     http = http_to(cluster)
     prompt = LONG if role == "prefill" else SHORT
     stream = Streaming(http, ask(prompt, max_tokens=400))
@@ -301,7 +301,7 @@ async def test_what_ran_on_a_worker_that_freezes_goes_on_elsewhere(start_sim: An
     events = await stream.result()
     assert (events.done, events.error) == (True, None)
     assert events.token_ids == sim_tokens(prompt, max_tokens=400, ignore_eos=True, temperature=0)
-    assert await cluster.metric(cluster.router, "pdserve_retries_total", reason="worker_lost") == 1
+    assert await cluster.metric(cluster.router, "pdserve_retries_total", reason="worker_lost") >= 1
 
     async def is_back() -> bool:
         return await cluster.metric(cluster.router, "pdserve_workers", role=role, state="ready") == 2
