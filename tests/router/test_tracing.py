@@ -106,7 +106,7 @@ async def store(receiver, tmp_path):
     await store.stop()
 
 
-async def test_what_stores_do_for_a_request_is_in_its_trace(house, sink, incoming, receiver, store):
+async def test_what_stores_do_for_a_request_is_in_its_trace(house, sink, incoming, receiver, store, wait_until):
     settings = {"store": store.address, "store_fetch": "always", "store_timeout_s": 60.0, "tracing": receiver.config}
     workers = [await house.worker(Role.PREFILL, name, **settings) for name in ("p0", "p1")]
     decode = await house.worker(Role.DECODE, "d0", tracing=receiver.config)
@@ -115,18 +115,22 @@ async def test_what_stores_do_for_a_request_is_in_its_trace(house, sink, incomin
     traces = RouterTraces(tracer_of(receiver.config, "pdserve-router", "r0"))
     first, second = [await house.core(addresses=[worker.address, decode.address], traces=traces) for worker in workers]
 
-    async def ask(core, text, trace):
+    async def ask(core, text, trace, stored):
         got = sink()
         handle = core.submit(incoming(text, max_tokens=2, traceparent=trace), got)
         await got.result()
+        await wait_until(stored)
         await workers[0].store.publisher.flush()
-        await store.parts.tiers.drain()
+        await tiers.drain()
         return handle.record.num_fetched_tokens // 16
 
+    dram, tiers = store.parts.dram, store.parts.tiers
     again = PARENT.replace("0af7", "1bf7", 1)
-    await ask(first, "secret words " * 25, PARENT)
-    await ask(first, "other words. " * 25, "")
-    fetched = await ask(second, "secret words " * 25, again)
+    await ask(first, "secret words " * 25, PARENT, lambda: len(dram.entries) == 20)
+    known = set(dram.entries)
+    await ask(first, "other words. " * 25, "", lambda: len(tiers.disk) > 0)
+    tiers.drop([name for name in dram.entries if name not in known])  # what comes up again finds room
+    fetched = await ask(second, "secret words " * 25, again, lambda: True)
     await house.wait_idle()
     await flush(house)
     await store.stop()
