@@ -62,21 +62,21 @@ async def test_an_engine_that_times_its_prompts_itself_is_believed() -> None:
 
 
 async def test_what_came_from_the_stores_disk_is_counted_apart(tmp_path: Path) -> None:
-    """A pool of 24 blocks for two prompts of 20: the first one's tail has to go down."""
-    disk = {"num_blocks": 24, "high_watermark": 1.0, "low_watermark": 1.0, "disk": {"path": str(tmp_path / "kv")}}
-    async with running_node(workers=2, store=disk) as node:
-        first, other = (make_request(name, length=321) for name in "ab")
-        for request in (first, other):
-            await node.run(0, request)
-            await node.workers[0].store.publisher.flush()
-            await node.store.parts.tiers.drain()
-        assert len(node.store.parts.tiers.disk)
-        again = await node.run(1, first)
-        assert again.tokens == expected(first)
+    """Of 20 blocks the last 8 are on disk alone."""
+    async with running_node(workers=2, store={"disk": {"path": str(tmp_path / "kv")}}) as node:
+        request, parts = make_request("a", length=321), node.store.parts
+        await node.run(0, request)
+        await node.stored(20)
+        await node.workers[0].store.publisher.flush()
+        await parts.tiers.flush()
+        parts.dram.drop(list(parts.dram.entries)[12:])
+        again = await node.run(1, request)
+        assert again.tokens == expected(request)
         worker = node.workers[1]
         tokens = {each: metric(worker, "pdserve_prefix_tokens_total", tier=each) for each in ("hbm", "dram", "disk")}
-        assert tokens["disk"] == 16 * metric(worker, "pdserve_store_promoted_blocks_total") > 0
-        assert sum(tokens.values()) == again.cached == again.fetched == 320
+        assert tokens == {"hbm": 0, "dram": 12 * 16, "disk": 8 * 16}
+        assert metric(worker, "pdserve_store_promoted_blocks_total") == 8
+        assert again.cached == again.fetched == 320
 
 
 def test_only_the_last_blocks_of_a_find_were_on_disk() -> None:
