@@ -68,8 +68,8 @@ def _chain(key: bytes, packed: bytes, size: int) -> list[bytes]:
 
 
 STRETCH_BLOCKS = 8
-MAX_STRETCHES = 1 << 13
-"""Remembered in each of two generations: about 1 KB each with blocks of 16 tokens, so 16 MB for 2M tokens at most."""
+MAX_TOKENS = 1 << 20
+"""Remembered in each of two generations: about 1 KB a stretch with blocks of 16 tokens, 16 MB in all at most."""
 
 
 class KeyChains:
@@ -79,9 +79,10 @@ class KeyChains:
     and costs a tenth of hashing. Thread-confined: the router's loop owns it.
     """
 
-    def __init__(self, block_tokens: int, max_stretches: int = MAX_STRETCHES) -> None:
+    def __init__(self, block_tokens: int, max_stretches: int = 0) -> None:
+        """`max_stretches` a generation; 0: those of `MAX_TOKENS`."""
         self._block_bytes = 4 * block_tokens
-        self._max_stretches = max_stretches
+        self._max_stretches = max_stretches or max(1, MAX_TOKENS // (STRETCH_BLOCKS * block_tokens))
         self._known: dict[bytes, bytes] = {}
         self._older: dict[bytes, bytes] = {}
 

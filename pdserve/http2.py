@@ -42,7 +42,7 @@ class Http2Error(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Whether a silent peer lives: it is asked in each interval without a word from it (in gRPC's servers a thread of
+    """Whether a silent peer lives: it is asked after an interval without a word from it (in gRPC's servers a thread of
     the library's answers, so one that computes is not silent), and given up after `missed` of them in a row. Our own
     pauses cost one at most: the next interval begins when the last was looked at, and what came meanwhile counts."""
 
@@ -345,9 +345,10 @@ class Http2Call(asyncio.Protocol):
         self._timer = asyncio.get_running_loop().call_later(self._heartbeat.interval_s, self._check_alive)
 
     def _check_alive(self) -> None:
-        self._num_missed = 0 if self._heard else self._num_missed + 1
+        reading = self._transport is not None and self._transport.is_reading()
+        self._num_missed = 0 if self._heard or not reading else self._num_missed + 1
         if self._num_missed < self._heartbeat.missed:
-            if self._num_missed:
+            if self._num_missed == 1:  # TCP repeats it; several at once, when the peer wakes, are taken for an attack
                 self._write(frame(PING, 0, 0, bytes(8)))
             self._arm()
         else:

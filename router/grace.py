@@ -43,12 +43,20 @@ class Grace:
         if not isinstance(error, NoWorker) or not self._may_wait(error.leg):
             return False
         now = self._loop.time()
-        if self._until.setdefault(ask, now + self._grace_s) <= now:
+        until = self._until.setdefault(ask, now + self._grace_s)
+        if until <= now:
             return False
         self._resting[ask] = None
-        if self._timer is None:
-            self._timer = self._loop.call_at(min(self._until.values()), self._on_timer)
+        self._arm(until)
         return True
+
+    def _arm(self, until: float) -> None:
+        """Of those that rest only: one that was put back into the queue may wait there past its time."""
+        if self._timer is not None:
+            if self._timer.when() <= until:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(until, self._on_timer)
 
     def _may_wait(self, leg: str | None) -> bool:
         """A prefill worker may be refused for want of a decode worker that could go on."""

@@ -284,8 +284,7 @@ class ActiveRequest:
 
     def _give_up(self, error: PdserveError) -> None:
         """Place it again if that can save it, else fail. One that has all its tokens needs neither."""
-        if (leg := self._decode or self._prefill) is not None:
-            leg.end_complete()
+        self._end_if_complete()
         if self.done:
             return
         self._failure = error
@@ -299,6 +298,15 @@ class ActiveRequest:
             choice.forget_early()
         self._set_clock("queue")
         self._around.placing.again(self)
+
+    def _end_if_complete(self) -> None:
+        leg = self._decode or self._prefill
+        if leg is None:
+            return
+        try:
+            leg.end_complete()
+        except Exception as fault:  # noqa: BLE001 - others on the lost link are still to be told
+            self.fail(EngineFailed(f"delivering the end failed: {type(fault).__name__}: {fault}", leg="router"))
 
     def _close_attempt(self, outcome: str) -> None:
         attempt = self.attempt

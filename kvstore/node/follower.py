@@ -74,7 +74,7 @@ class StoreFollower:
             await asyncio.sleep(self._retry_s)
 
     async def _follow(self) -> None:
-        """Until the stream ends, or the index wants a snapshot."""
+        """Until the stream ends, or the index wants a snapshot. Raises `ConfigError` for a name that is another's."""
         known = self._index.position(self._node) if self._node else None
         request = wire.Follow(known[0], known[1]) if known else wire.Follow()
         sections: list[Section] = []
@@ -84,9 +84,16 @@ class StoreFollower:
             if batch.snapshot:
                 sections += _sections(batch.events)
             if batch.snapshot_complete:
-                await self._load(NodeSnapshot(batch.node, batch.incarnation, batch.sequence, tuple(sections)))
-                sections = []
-            elif not batch.snapshot and self._take(batch) is Verdict.RESYNC:
+                content = NodeSnapshot(batch.node, batch.incarnation, batch.sequence, tuple(sections))
+                verdict, sections = await self._load(content), []
+            elif batch.snapshot:
+                continue
+            else:
+                verdict = self._take(batch)
+            if verdict is Verdict.STALE:
+                self._node = ""
+                raise ConfigError(f"a newer store is called {batch.node!r} too", key="node_id")
+            if verdict is Verdict.RESYNC:
                 return
 
     def _take_name(self, node: str) -> None:
@@ -96,9 +103,15 @@ class StoreFollower:
             raise ConfigError(f"another store is called {node!r} too", key="node_id")
         self._node, self._connected = node, True
 
-    async def _load(self, snapshot: NodeSnapshot) -> None:
+    async def _load(self, snapshot: NodeSnapshot) -> Verdict:
         """A few thousand blocks at a time: the loop has other things to do."""
-        for _ in self._index.load_in_steps(snapshot):
+        steps = self._index.load_in_steps(snapshot)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                verdict: Verdict = end.value
+                return verdict
             await asyncio.sleep(0)
 
     def _take(self, batch: wire.EventBatch) -> Verdict:

@@ -2,11 +2,12 @@
 
 from array import array
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve import block_keys as module
-from pdserve.block_keys import STRETCH_BLOCKS, KeyChains, block_keys
+from pdserve.block_keys import MAX_TOKENS, STRETCH_BLOCKS, KeyChains, block_keys
 
 BLOCK = 2
 STRETCH = STRETCH_BLOCKS * BLOCK
@@ -55,3 +56,13 @@ def test_the_next_turn_hashes_only_what_is_new(monkeypatch):
 def test_another_tenants_chain_is_another_one():
     chains, tokens = KeyChains(BLOCK), list(range(2 * STRETCH))
     assert chains.keys(ROOTS[0], pack(tokens)) != chains.keys(ROOTS[1], pack(tokens))
+
+
+@pytest.mark.parametrize("block_tokens", [16, 256])
+def test_large_blocks_are_no_excuse_to_remember_more_tokens(block_tokens):
+    chains, stretch = KeyChains(block_tokens), STRETCH_BLOCKS * block_tokens
+    prompt = bytearray(4 * 16 * stretch)
+    for i in range(MAX_TOKENS // stretch // 4):
+        prompt[:4] = i.to_bytes(4, "little")
+        chains.keys(b"root", bytes(prompt))
+        assert chains.num_stretches * stretch <= 2 * MAX_TOKENS

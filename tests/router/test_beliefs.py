@@ -5,14 +5,17 @@ import asyncio
 import pytest
 from prometheus_client import CollectorRegistry
 
+from kvstore.index.base import NodeSnapshot
+from kvstore.index.index import KVIndex
 from pdserve.engine.core.config import CoreConfig
 from pdserve.engine.sim import SimEngineConfig, expected_tokens
 from pdserve.engine.timing import LinearTiming
 from pdserve.errors import PeerLost
 from pdserve.metrics import RouterMetrics
-from pdserve.types import CacheDelta, Role
+from pdserve.types import CacheDelta, PromptStats, Role
 from router.breakers import BreakerRules
 from router.guesses import Guess
+from router.prefixes import PrefixIndex
 
 SLOW_DECODE = LinearTiming(0, 0, 0, 5.0, 0, 0)
 CONDUCTOR = {"policy": "conductor"}
@@ -204,3 +207,19 @@ async def test_streams_of_running_requests_are_counted_as_spared(house, sink, in
     record = await ask(core, sink, incoming, "s" * 400, max_tokens=4)
     assert record.last.spared_s == pytest.approx(record.last.forecast.prefill_s)
     handle.cancel()
+
+
+class NoStores:
+    def follow(self, addresses): ...
+
+    def __bool__(self):
+        return False
+
+
+def test_the_audits_gauge_is_set_at_the_next_tick():
+    registry, index = CollectorRegistry(), KVIndex(clock=lambda: 0.0)
+    prefixes = PrefixIndex(index, NoStores(), RouterMetrics(registry), lambda: 0.0, lambda *_: None)
+    index.load(NodeSnapshot("w", 1, 0, ()))
+    prefixes.check("w", 1, 100, PromptStats(1, 200, 50))
+    prefixes.tick()
+    assert registry.get_sample_value("pdserve_prefix_audit_ratio", {"worker_id": "w"}) == 0.5

@@ -9,6 +9,8 @@ from pdserve.engine.timing import LinearTiming
 from pdserve.errors import DeadlineExceeded, EngineFailed, NoWorker, WorkerLost
 from pdserve.tasks import end_task
 from pdserve.types import Role
+from router.grace import Grace
+from router.scheduling.base import Ask
 
 CONDUCTOR = {"policy": "conductor"}
 FOREVER_S = 1000.0
@@ -228,3 +230,52 @@ async def test_a_placement_that_breaks_at_once_is_told_to_its_client(house, sink
     core.submit(incoming(max_tokens=3), good)
     await asyncio.wait_for(good.result(), 60)
     assert good.error is None
+
+
+class Timer:
+    def __init__(self, at_s, call):
+        self.at_s, self.call = at_s, call
+
+    def when(self):
+        return self.at_s
+
+    def cancel(self):
+        self.at_s = FOREVER_S
+
+
+class Time:
+    """A loop of which only the time passes."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.timers = []
+
+    def time(self):
+        return self.now
+
+    def call_at(self, when, call):
+        self.timers.append(Timer(when, call))
+        return self.timers[-1]
+
+    def due(self):
+        return [timer for timer in self.timers if timer.at_s <= self.now]
+
+
+def test_one_that_is_in_the_queue_again_past_its_time_wakes_nobody():
+    loop, error, woken = Time(), NoWorker("none"), []
+    grace = Grace(
+        5.0, loop, expects=lambda role: True, again=lambda: woken.append(loop.now), count=lambda outcome: None
+    )
+    first, second = Ask("1", "m", 10, 10), Ask("2", "m", 10, 10)
+    assert grace.takes(first, error)
+    assert grace.wake() == [first]  # a worker is there, and busy
+    loop.now = 7.0
+    assert grace.takes(second, error)
+    for timer in loop.due():
+        timer.at_s = FOREVER_S
+        timer.call()
+    assert grace.takes(second, error)
+    assert (loop.due(), woken) == ([], [7.0])  # the first one's timer, and no more of them
+    loop.now = 12.0
+    assert not grace.takes(second, error)
+    assert loop.due()

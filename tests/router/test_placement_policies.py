@@ -671,3 +671,53 @@ def test_the_account_of_a_worker_is_the_sum_of_what_was_placed(sizes, policy):
         mine = [each.ask for each in placed if each.decode is station.worker]
         assert station.own.num_seqs == len(mine)
         assert station.own.num_context_tokens == sum(a.num_prompt_tokens + min(a.max_tokens, 256) for a in mine)
+
+
+# ---- what is remembered from plan to plan ----
+
+PATIENT = ConductorRules(alone_tokens=0, patience_s=100)
+
+
+def test_what_comes_to_be_cached_while_an_ask_waits_is_seen():
+    world = World(prefixes=Prefixes(), rules=PATIENT)
+    world.ask(4000)
+    world.ask(4000)
+    assert len(world.decide()) == 2
+    world.ask(1000)
+    assert world.decide() == []
+    world.prefixes = Prefixes(p1=(60, 60, 60))
+    world.now = 0.3
+    assert world.decide() == []
+    world.now = 0.4
+    (decision,) = world.decide()
+    assert (where([decision]), decision.forecast.num_cached_tokens) == (["p1"], 960)
+
+
+def test_those_who_wait_are_planned_at_the_present_pace():
+    world = World(prefill=1, prefixes=Prefixes(), rules=PATIENT)
+    first = world.ask(4000)
+    world.decide()
+    world.ask(1000)
+    assert world.decide() == []
+    world.now = 0.8
+    world.policy.prefilled(first, 0)
+    pace = world.policy.stations[0].prefill_pace.factor
+    assert pace > 1.05
+    (decision,) = world.decide()
+    assert decision.forecast.prefill_s == pytest.approx(0.1 * pace)
+
+
+def test_a_worker_that_introduces_itself_anew_is_planned_anew():
+    world = World(prefill=1, prefixes=Prefixes(s=(0, 60, 60)), rules=PATIENT, far=1e3)
+    other, p0 = world.named("d0"), world.named("p0")
+    other.info = replace(other.info, store_address="s")
+    first = world.ask(4000)
+    world.decide()
+    world.ask(1000)
+    assert world.decide() == []
+    p0.info = replace(p0.info, store_address="s")
+    world.change()
+    world.now = 0.1
+    world.policy.ended(first)
+    (decision,) = world.decide()
+    assert (decision.forecast.num_cached_tokens, decision.prefix_store) == (960, "")

@@ -436,6 +436,25 @@ def test_a_worker_lost_after_the_last_token_and_before_the_word_of_it_costs_noth
     assert house.active.record.finish_reasons == (last,) * n
 
 
+def test_a_client_that_cannot_be_told_its_end_keeps_nobody_on_a_lost_worker_waiting():
+    async def go():
+        house = House(1, alone=False, stop=False, retries=2)
+        house.prefill_gives(0, PLAIN_TOKEN, None)
+        house.read()
+
+        def broken(usage):
+            raise RuntimeError("the client is gone")
+
+        house.client.on_done = broken
+        house.decode_gives(0, 0, None)
+        house.decode.lose()  # raises nothing: others on it are told as well
+        return house
+
+    house = asyncio.run(go())
+    assert house.active.done
+    assert house.decode.link.own.num_seqs == 0
+
+
 def test_a_choice_that_is_not_complete_moves_on_when_its_worker_is_lost():
     async def go():
         house = House(1, alone=False, stop=False, retries=2)

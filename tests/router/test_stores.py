@@ -3,8 +3,13 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 from kvstore.index.index import KVIndex
+from kvstore.node.follower import StoreFollower
 from pdserve.engine.sim import expected_tokens
+from pdserve.errors import ConfigError
+from pdserve.rpc import Channel
 from pdserve.types import Role
 from router.stores import Stores
 
@@ -90,5 +95,21 @@ async def test_a_name_belongs_to_the_store_that_is_heard_of(wait_until, caplog):
             await first.stop()  # it comes back at another address
             await wait_until(lambda: stores.address_of("twin") == second.address)
             await wait_until(lambda: believed() == second.parts.incarnation)
+    finally:
+        await stores.close()
+
+
+async def test_an_older_store_does_not_take_the_name_of_a_newer_one(wait_until):
+    index = KVIndex()
+    stores = Stores(index, None)
+    try:
+        async with store_of("twin") as older, store_of("twin") as newer:
+            stores.follow([newer.address])
+            await wait_until(lambda: (index.position("twin") or (0,))[0] == newer.parts.incarnation)
+            follower = StoreFollower(Channel(older.address), index)
+            with pytest.raises(ConfigError, match="a newer store is called 'twin' too"):
+                await follower.run()
+            assert follower.node == ""
+            assert stores.node_at(newer.address) == "twin"
     finally:
         await stores.close()
