@@ -118,6 +118,15 @@ class Stream:
         except OSError:
             pass  # not connected any more
 
+    def peer_gone(self) -> bool:
+        """The peer has closed its side, or is dead; bytes that came before are left where they are."""
+        try:
+            return not socket.socket.recv(self._sock, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def close(self) -> None:
         self._sock.close()
 
